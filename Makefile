@@ -1,0 +1,88 @@
+# `make help` lists every target. Each target that needs the environment creates it first.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where the package index offers a CPU build of this version pip picks it up; elsewhere the same
+# pin gives the CUDA build.
+TORCH ?= torch==2.13.0
+# To use an environment of your own, name its interpreter: `make test PY=python3`. Nothing is
+# installed then.
+PY ?= $(VENV)/bin/python
+ifeq ($(PY),$(VENV)/bin/python)
+ENVIRONMENT := $(VENV)/.complete
+endif
+
+CONFIG_finetune := configs/finetune/demo.yaml
+CONFIG_pretrain := configs/pretrain/demo.yaml
+CONFIG_generate := configs/finetune/demo.yaml
+CONFIG_eval := configs/finetune/demo.yaml
+ARGS ?=
+RESUME ?=
+# RECORD=1 keeps the summary of a run under results/.
+RECORD ?=
+CKPT ?=
+OUT ?=
+config = $(or $(CONFIG),$(CONFIG_$@))
+resume = $(if $(RESUME),run.resume=$(RESUME))
+record = $(if $(RECORD),--record)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data pretrain finetune generate eval bench tables tensorboard test test-fast lint format typecheck clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(ENVIRONMENT) ## create .venv with everything that the other targets need
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) $(TORCH)
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+data: $(ENVIRONMENT) ## build the demo set of real clips under data/demo
+	$(PY) -m sla data $(ARGS)
+
+pretrain: $(ENVIRONMENT) ## train the demo model with full attention (for a GPU): CONFIG= ARGS= RESUME=
+	$(PY) -m sla pretrain $(record) --config $(config) $(resume) $(ARGS)
+
+finetune: $(ENVIRONMENT) ## fine-tune with SLA from the shipped weights: CONFIG= ARGS= RESUME=
+	$(PY) -m sla finetune $(record) --config $(config) $(resume) $(ARGS)
+
+generate: $(ENVIRONMENT) ## write a video: PROMPT="..." CKPT= CONFIG= OUT= ARGS=
+	@test -n "$(PROMPT)" || { echo 'usage: make generate PROMPT="what the video shows" [CKPT=model.safetensors]' >&2; exit 2; }
+	$(PY) -m sla generate --config $(config) --prompt "$(PROMPT)" $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+eval: $(ENVIRONMENT) ## measure a model: validation loss and video metrics: CKPT= CONFIG= ARGS=
+	$(PY) -m sla eval --config $(config) $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+bench: $(ENVIRONMENT) ## time the operator against exact attention: ARGS=
+	$(PY) -m sla.benchmark kernels $(ARGS)
+
+tables: $(ENVIRONMENT) ## write the tables of README.md from results/
+	$(PY) -m sla tables
+
+tensorboard: $(ENVIRONMENT) ## serve the curves of runs/
+	$(PY) -m tensorboard.main --logdir runs $(ARGS)
+
+test: $(ENVIRONMENT) ## run all tests
+	$(PY) -m pytest tests $(ARGS)
+
+test-fast: $(ENVIRONMENT) ## run the tests that take seconds
+	$(PY) -m pytest tests -m "not slow" $(ARGS)
+
+lint: $(ENVIRONMENT) ## check format, lint and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(ENVIRONMENT) ## format the code
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+typecheck: $(ENVIRONMENT) ## check types
+	$(PY) -m mypy
+
+clean: ## remove caches (never data, runs or the environment)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find src kernels eval tests -name __pycache__ -type d -prune -exec rm -rf {} +
