@@ -1,0 +1,364 @@
+"""The public functions: argument checks, and the choice of a backend.
+
+A backend is a pair of functions for the two branches and a statement of what it supports; a new one
+(`register_backend`) needs no change here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sla_kernels import eager, reference
+from sla_kernels.block_map import BlockMap, route
+from sla_kernels.feature_maps import FeatureMap, get_feature_map
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+SparseBranch = Callable[[Tensor, Tensor, Tensor, BlockMap, float], Tensor]
+LinearBranch = Callable[[Tensor, Tensor, Tensor, BlockMap | None, FeatureMap], Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the two branches.
+
+    Attributes:
+        sparse_branch: (query, key, value, block_map, scale) -> O^s.
+        linear_branch: (query, key, value, block_map or None, feature_map) -> O^l, possibly in a
+            wider dtype than the inputs.
+        unsupported_reason: (query) -> why it cannot work on such tensors, or None.
+        priority: `auto` takes the supported backend of the highest priority; below zero, never.
+    """
+
+    sparse_branch: SparseBranch
+    linear_branch: LinearBranch
+    unsupported_reason: Callable[[Tensor], str | None]
+    priority: int
+
+
+class Branches(NamedTuple):
+    """The two branches of the operator before they are added.
+
+    Attributes:
+        sparse: O^s, (B, H, N, D).
+        linear: O^l before Proj, (B, H, N, D).
+    """
+
+    sparse: Tensor
+    linear: Tensor
+
+
+_BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(name: str, backend: Backend) -> None:
+    """Add a backend under a name.
+
+    Raises:
+        ValueError: the name is taken or reserved.
+    """
+    if name == "auto" or name in _BACKENDS:
+        raise ValueError(f"backend name {name!r} is taken")
+    _BACKENDS[name] = backend
+
+
+def available_backends() -> list[str]:
+    """Names that `backend` arguments take beside `auto`, sorted."""
+    return sorted(_BACKENDS)
+
+
+def _anything(query: Tensor) -> str | None:
+    return None
+
+
+register_backend("eager", Backend(eager.sparse_branch, eager.linear_branch, _anything, 0))
+register_backend(
+    "reference", Backend(reference.sparse_branch, reference.linear_branch, _anything, -1)
+)
+
+
+def sparse_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_weight: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_q: int = 64,
+    block_kv: int = 64,
+    feature_map: str | FeatureMap = "softmax",
+    scale: float | None = None,
+    always_critical: int = 0,
+    backend: str = "auto",
+    block_map: BlockMap | None = None,
+) -> Tensor:
+    """Sparse-Linear Attention: O = O^s + Proj(O^l) (arXiv 2509.24006, equation 6).
+
+    Each row of blocks is routed by pooled scores: its critical blocks get exact softmax attention
+    (O^s), its marginal ones linear attention (O^l), its negligible ones nothing. Differentiable in
+    every tensor; the routing itself has no gradient.
+
+    Args:
+        query: (B, H, N_q, D), float16, bfloat16, float32 or float64, any strides.
+        key, value: (B, H, N_kv, D), dtype and device of `query`.
+        proj_weight: (D, D) as `torch.nn.Linear` has it (x W^T + b); None for the identity.
+        proj_bias: (D,), only with `proj_weight`. It is added to every row, also where the marginal
+            set is empty and O^l is zero.
+        critical: fraction k_h of a row's key blocks: max(1, floor(critical * T_n)) blocks.
+        negligible: fraction k_l: floor(negligible * T_n) blocks, never more than are left.
+        block_q, block_kv: tokens in a block of queries, of keys.
+        feature_map: phi: a name of `available_feature_maps()`, or a callable (..., D) -> (..., F)
+            with non-negative values.
+        scale: factor on the scores; 1 / sqrt(D) if None.
+        always_critical: the first n tokens are attended exactly by all and attend exactly to all:
+            their key blocks are critical in every row, in addition to the count above, and their
+            query blocks hold every key block as critical.
+        backend: `auto`, or a name of `available_backends()`.
+        block_map: a routing to use instead of `critical`, `negligible`, `block_q`, `block_kv` and
+            `always_critical`, which are then ignored.
+
+    Returns:
+        (B, H, N_q, D), dtype of `query`.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used; names it, its value, and what is
+            allowed.
+    """
+    query, key, value = _inputs(query, key, value)
+    _check_projection(query, proj_weight, proj_bias)
+    if block_map is None:
+        block_map = classify_blocks(
+            query,
+            key,
+            critical=critical,
+            negligible=negligible,
+            block_q=block_q,
+            block_kv=block_kv,
+            scale=scale,
+            always_critical=always_critical,
+        )
+    branches = attention_branches(
+        query, key, value, block_map, feature_map=feature_map, scale=scale, backend=backend
+    )
+    with torch.autocast(query.device.type, enabled=False):
+        linear = branches.linear
+        if proj_weight is not None:
+            bias = None if proj_bias is None else proj_bias.to(linear.dtype)
+            linear = F.linear(linear, proj_weight.to(linear.dtype), bias)
+        return (branches.sparse + linear).to(query.dtype)
+
+
+def attention_branches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap,
+    *,
+    feature_map: str | FeatureMap = "softmax",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Branches:
+    """O^s and O^l of a given routing, for analysis; arguments as `sparse_linear_attention`.
+
+    O^l may come in a wider dtype than `query`.
+    """
+    query, key, value = _inputs(query, key, value)
+    _check_block_map(query, key, block_map)
+    phi = get_feature_map(feature_map)
+    chosen = _backend(backend, query)
+    with torch.autocast(query.device.type, enabled=False):
+        sparse = chosen.sparse_branch(query, key, value, block_map, _scale(query, scale))
+        return Branches(sparse, chosen.linear_branch(query, key, value, block_map, phi))
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The sparse branch alone: exact attention over the critical blocks (equation 4).
+
+    Args:
+        block_map: whose critical blocks are used; marginal and negligible ones are skipped.
+
+    Other arguments, result and errors as `sparse_linear_attention`. A row without critical blocks
+    gives zero.
+    """
+    query, key, value = _inputs(query, key, value)
+    _check_block_map(query, key, block_map)
+    chosen = _backend(backend, query)
+    with torch.autocast(query.device.type, enabled=False):
+        return chosen.sparse_branch(query, key, value, block_map, _scale(query, scale))
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap | None = None,
+    *,
+    feature_map: str | FeatureMap = "softmax",
+    backend: str = "auto",
+) -> Tensor:
+    """The linear branch alone: phi(Q) H / (phi(Q) Z) (equation 5).
+
+    Args:
+        block_map: whose marginal blocks are summed over; None for all keys.
+
+    Other arguments, result and errors as `sparse_linear_attention`.
+    """
+    query, key, value = _inputs(query, key, value)
+    if block_map is not None:
+        _check_block_map(query, key, block_map)
+    phi = get_feature_map(feature_map)
+    chosen = _backend(backend, query)
+    with torch.autocast(query.device.type, enabled=False):
+        return chosen.linear_branch(query, key, value, block_map, phi).to(query.dtype)
+
+
+def classify_blocks(
+    query: Tensor,
+    key: Tensor,
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.10,
+    block_q: int = 64,
+    block_kv: int = 64,
+    scale: float | None = None,
+    always_critical: int = 0,
+) -> BlockMap:
+    """Route: the class of every pair of blocks, from pooled queries and keys (equations 2 and 3).
+
+    Arguments and errors as `sparse_linear_attention`. Ranking is in float32 (float64 for float64
+    inputs), highest score first, the lower block index first among equals. No gradient.
+    """
+    query, key, _ = _inputs(query, key, key)
+    _check_routing(critical, negligible, block_q, block_kv, always_critical)
+    with torch.autocast(query.device.type, enabled=False):
+        return route(
+            query,
+            key,
+            critical=critical,
+            negligible=negligible,
+            block_q=block_q,
+            block_kv=block_kv,
+            scale=_scale(query, scale),
+            always_critical=always_critical,
+        )
+
+
+def _backend(name: str, query: Tensor) -> Backend:
+    if name == "auto":
+        usable = [b for b in _BACKENDS.values() if b.unsupported_reason(query) is None]
+        return max(usable, key=lambda backend: backend.priority)
+    if name not in _BACKENDS:
+        known = ", ".join(["auto", *available_backends()])
+        raise ValueError(f"backend is {name!r}; it must be one of {known}")
+    reason = _BACKENDS[name].unsupported_reason(query)
+    if reason is not None:
+        raise ValueError(f"backend is {name!r}, which cannot be used here: {reason}")
+    return _BACKENDS[name]
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Checked inputs, in autocast's dtype where it is on."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+        if tensor.ndim != 4 or 0 in tensor.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; it must be (batch, heads, tokens, "
+                "head_dim), none of them zero"
+            )
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} is {tensor.dtype}; it must be float16, bfloat16, float32 or float64"
+            )
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (
+            t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)
+        )
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, query {query.dtype}; they must be equal")
+    wanted = (*query.shape[:2], key.shape[2], query.shape[3])
+    for name, tensor in (("key", key), ("value", value)):
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; it must be {wanted}: batch, heads and "
+                "head_dim as query, tokens as key"
+            )
+    return query, key, value
+
+
+def _check_routing(
+    critical: float, negligible: float, block_q: int, block_kv: int, always_critical: int
+) -> None:
+    for name, fraction in (("critical", critical), ("negligible", negligible)):
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"{name} is {fraction}; it must be in [0, 1]")
+    if critical + negligible > 1.0 + 1e-9:
+        raise ValueError(
+            f"critical + negligible is {critical} + {negligible}; the sum must be at most 1"
+        )
+    for name, block in (("block_q", block_q), ("block_kv", block_kv)):
+        if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+            raise ValueError(f"{name} is {block!r}; it must be a positive integer")
+    if isinstance(always_critical, bool) or not isinstance(always_critical, int):
+        raise TypeError(f"always_critical is {always_critical!r}; it must be an integer")
+    if always_critical < 0:
+        raise ValueError(f"always_critical is {always_critical}; it must be at least 0")
+
+
+def _check_block_map(query: Tensor, key: Tensor, block_map: BlockMap) -> None:
+    if not isinstance(block_map, BlockMap):
+        raise TypeError(f"block_map is a {type(block_map).__name__}; it must be a BlockMap")
+    found = (*block_map.labels.shape[:2], block_map.tokens_q, block_map.tokens_kv)
+    wanted = (*query.shape[:3], key.shape[2])
+    if found != wanted:
+        raise ValueError(
+            f"block_map is for (batch, heads, queries, keys) = {tuple(found)}; "
+            f"the inputs have {tuple(wanted)}"
+        )
+    if block_map.labels.device != query.device:
+        raise ValueError(f"block_map is on {block_map.labels.device}, query on {query.device}")
+
+
+def _check_projection(query: Tensor, proj_weight: Tensor | None, proj_bias: Tensor | None) -> None:
+    head_dim = query.shape[3]
+    if proj_weight is None and proj_bias is not None:
+        raise ValueError("proj_bias is given without proj_weight; give both, or neither")
+    for name, tensor, shape in (
+        ("proj_weight", proj_weight, (head_dim, head_dim)),
+        ("proj_bias", proj_bias, (head_dim,)),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(query.shape[-1])
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be a finite number")
+    return float(scale)
