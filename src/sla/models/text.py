@@ -1,0 +1,312 @@
+"""Text encoders: captions in, embeddings and a mask out.
+
+`ByteTextEncoder` is trained with the model and needs no download; `UMT5TextEncoder` is Wan's
+frozen one. Shapes: B captions, L tokens.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sla.models.dit import DiTConfig
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What turns captions into what `VideoDiT` reads.
+
+    A caption's embedding is a function of that caption alone, and the empty caption has one: it
+    is the unconditional embedding of classifier-free guidance.
+
+    Attributes:
+        text_dim: width of the embeddings.
+    """
+
+    text_dim: int
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, text_dim) and mask (B, L) bool, True for real tokens."""
+        ...
+
+
+@dataclass
+class ByteTextEncoderConfig:
+    """Sizes of a `ByteTextEncoder`.
+
+    Attributes:
+        text_dim: width, of the layers and of the embeddings; the model's `text_dim`.
+        depth: transformer layers.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over the width.
+        max_bytes: bytes of UTF-8 that are read of a caption; the rest is cut off.
+
+    Raises:
+        ValueError: a size that no encoder can have; names the field and what is allowed.
+    """
+
+    text_dim: int = DiTConfig.text_dim
+    depth: int = 2
+    num_heads: int = 2
+    mlp_ratio: float = 4.0
+    max_bytes: int = 127
+
+    def __post_init__(self) -> None:
+        for name in ("text_dim", "depth", "num_heads", "max_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.text_dim % self.num_heads:
+            raise ValueError(
+                f"text_dim is {self.text_dim}; it must be a multiple of num_heads "
+                f"({self.num_heads})"
+            )
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it must be positive")
+
+
+class ByteTextEncoder(nn.Module):
+    """A small transformer over the bytes of a caption, trained with the model.
+
+    A token is a byte (0 to 255), BOS at the start, or PAD. BOS makes the empty caption valid.
+    """
+
+    BOS = 256
+    PAD = 257
+    VOCABULARY = 258
+
+    def __init__(self, config: ByteTextEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_dim = config.text_dim
+        self.token_embedding = nn.Embedding(self.VOCABULARY, config.text_dim)
+        self.position_embedding = nn.Parameter(torch.empty(config.max_bytes + 1, config.text_dim))
+        self.layers = nn.ModuleList(_EncoderLayer(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.text_dim)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding, std=0.02)
+
+    def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Bytes of the captions, on the CPU.
+
+        A caption longer than `max_bytes` bytes is cut at a whole character. The length is always
+        max_bytes + 1, so that a compiled model sees one shape.
+
+        Args:
+            captions: B strings, possibly empty.
+
+        Returns:
+            ids (B, max_bytes + 1) int64 and mask (B, max_bytes + 1) bool.
+
+        Raises:
+            TypeError: a single string, or an item that is not a string.
+        """
+        _check_captions(captions)
+        length = self.config.max_bytes + 1
+        ids = torch.full((len(captions), length), self.PAD, dtype=torch.int64)
+        for row, caption in enumerate(captions):
+            data = caption.encode("utf-8", errors="replace")[: self.config.max_bytes]
+            data = data.decode("utf-8", errors="ignore").encode("utf-8")
+            tokens = [self.BOS, *data]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        return ids, ids != self.PAD
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode tokens.
+
+        Args:
+            ids: (B, L) int64, L <= max_bytes + 1.
+            mask: (B, L) bool, True for real tokens.
+
+        Returns:
+            (B, L, text_dim) in the weights' dtype; zero where the mask is False.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        if ids.ndim != 2 or ids.shape[1] > self.config.max_bytes + 1:
+            raise ValueError(
+                f"ids have shape {tuple(ids.shape)}; they must be (B, L), "
+                f"L at most {self.config.max_bytes + 1}"
+            )
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}; it must be {tuple(ids.shape)}, as ids"
+            )
+        hidden = self.token_embedding(ids) + self.position_embedding[: ids.shape[1]]
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        return self.norm(hidden).to(hidden.dtype) * mask.unsqueeze(-1)
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, max_bytes + 1, text_dim) and mask, on the encoder's device."""
+        ids, mask = self.tokenize(captions)
+        device = self.position_embedding.device
+        ids, mask = ids.to(device), mask.to(device)
+        return self(ids, mask), mask
+
+
+class _EncoderLayer(nn.Module):
+    """Pre-norm transformer layer; masked tokens are never attended to."""
+
+    def __init__(self, config: ByteTextEncoderConfig) -> None:
+        super().__init__()
+        dim = config.text_dim
+        mlp_width = round(config.mlp_ratio * dim)
+        self.num_heads = config.num_heads
+        self.norm_attention = nn.LayerNorm(dim)
+        self.query_key_value = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_width), nn.GELU(approximate="tanh"), nn.Linear(mlp_width, dim)
+        )
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        projected = self.query_key_value(self.norm_attention(hidden))
+        query, key, value = (
+            projected.unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+        hidden = hidden + self.output(attended.transpose(1, 2).flatten(2))
+        return hidden + self.mlp(self.norm_mlp(hidden))
+
+
+class UMT5TextEncoder(nn.Module):
+    """Wan's text encoder: the encoder of UMT5, frozen.
+
+    Stays in evaluation mode, has no gradients, and is never part of our checkpoints. Embeddings
+    are zero where the mask is False, as Wan pads them; Wan's own cross-attention then attends to
+    those zeros too, so an adapter of Wan passes it no mask.
+
+    Args:
+        encoder: transformers' `UMT5EncoderModel`.
+        tokenizer: its tokenizer.
+        max_tokens: length every caption is padded or cut to; 512 in Wan.
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer: Any, max_tokens: int = 512) -> None:
+        super().__init__()
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.text_dim = int(encoder.config.d_model)  # type: ignore[union-attr, arg-type]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        encoder_subfolder: str = "text_encoder",
+        tokenizer_subfolder: str = "tokenizer",
+        max_tokens: int = 512,
+        dtype: torch.dtype = torch.bfloat16,
+        local_files_only: bool = False,
+    ) -> UMT5TextEncoder:
+        """Load from a hub id (`Wan-AI/Wan2.1-T2V-1.3B-Diffusers`) or a local folder.
+
+        Args:
+            name_or_folder: hub id, or folder with the two subfolders.
+            revision: branch, tag or commit on the hub; name a commit to be reproducible.
+            encoder_subfolder, tokenizer_subfolder: where the parts lie; "" for the top.
+            max_tokens: see the class.
+            dtype: dtype of the weights.
+            local_files_only: never ask the network.
+
+        Raises:
+            FileNotFoundError: files are not there and could not be had; says which to fetch.
+            ValueError: the weights do not fill the encoder.
+        """
+        # Heavy, and only needed here.
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        name = os.fspath(name_or_folder)
+        where: dict[str, Any] = {"local_files_only": local_files_only}
+        if revision is not None:
+            where["revision"] = revision
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, subfolder=tokenizer_subfolder, **where)
+            loaded: Any = UMT5EncoderModel.from_pretrained(
+                name, subfolder=encoder_subfolder, dtype=dtype, output_loading_info=True, **where
+            )
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                _missing_message(name, encoder_subfolder, tokenizer_subfolder, error)
+            ) from error
+        encoder, report = loaded
+        # transformers fills what a file lacks with random numbers and only logs it.
+        lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+        if lacking:
+            raise ValueError(f"{name}: the file does not fill these weights: {', '.join(lacking)}")
+        return cls(encoder, tokenizer, max_tokens)
+
+    def train(self, mode: bool = True) -> UMT5TextEncoder:
+        """Does nothing: the encoder is frozen and stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, max_tokens, d_model) and mask, on the encoder's device."""
+        _check_captions(captions)
+        tokens = self.tokenizer(
+            [clean_caption(caption) for caption in captions],
+            padding="max_length",
+            max_length=self.max_tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        device = next(self.encoder.parameters()).device
+        ids, mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+        hidden = self.encoder(ids, attention_mask=mask).last_hidden_state
+        mask = mask.bool()
+        return hidden.masked_fill(~mask.unsqueeze(-1), 0.0), mask
+
+
+def clean_caption(caption: str) -> str:
+    """Wan's cleaning without its optional ftfy: HTML entities resolved, white space collapsed."""
+    return " ".join(html.unescape(html.unescape(caption)).split())
+
+
+def _check_captions(captions: list[str]) -> None:
+    if isinstance(captions, str):
+        raise TypeError("captions is one string; it must be a list of strings")
+    for index, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise TypeError(f"captions[{index}] is a {type(caption).__name__}; it must be a string")
+
+
+def _missing_message(name: str, encoder: str, tokenizer: str, error: Exception) -> str:
+    first_line = str(error).strip().split("\n")[0]
+    parts = [part for part in (encoder, tokenizer) if part]
+    # A path, rather than a hub id `owner/name`.
+    local = Path(name).exists() or Path(name).is_absolute() or name.startswith(".")
+    if local:
+        folders = " and ".join(f"{name}/{part}" for part in parts) or name
+        fetch = f"the folder must hold the encoder and the tokenizer in {folders}"
+    else:
+        include = "".join(f' --include "{part}/*"' for part in parts)
+        fetch = (
+            f"fetch them once with `hf download {name}{include} --local-dir FOLDER` "
+            "and give FOLDER instead of the name, or put them into the hub's cache"
+        )
+    return f"no UMT5 text encoder in {name!r}: {fetch} ({first_line})"
+
+
+__all__ = [
+    "ByteTextEncoder",
+    "ByteTextEncoderConfig",
+    "TextEncoder",
+    "UMT5TextEncoder",
+    "clean_caption",
+]
