@@ -1,0 +1,47 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; renamed to `path` when the block ends well.
+
+    A reader sees the old file or the complete new one. If the block fails (no space
+    left, an interruption), the temporary file is removed and `path` stays as it was. Parent folders
+    are made.
+
+    Raises:
+        OSError: the system's own error number, with `path` in the message.
+    """
+    target = Path(path)
+    # Same folder, as os.replace is atomic within a file system; same ending, as writers look at it.
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        reason = error.strerror or os.strerror(error.errno)
+        raise OSError(error.errno, f"cannot write: {reason}", str(target)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes `text` as UTF-8, atomically (see `atomic_path`)."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()

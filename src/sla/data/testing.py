@@ -1,0 +1,58 @@
+"""Small synthetic videos for tests of whatever reads data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from sla.data.video import Frames, write_video
+
+
+def moving_square(frames: int = 24, height: int = 48, width: int = 64, *, shade: int = 0) -> Frames:
+    """uint8 (frames, height, width, 3): a bright square crossing a colour gradient.
+
+    The mean brightness grows with the frame number, which makes frames recognisable after coding;
+    `shade` in [0, 255] sets the background's red, which makes videos recognisable.
+    """
+    rows = np.linspace(0, 80, height, dtype=np.uint8)[:, None]
+    columns = np.linspace(0, 80, width, dtype=np.uint8)[None, :]
+    video = np.empty((frames, height, width, 3), dtype=np.uint8)
+    side = max(4, min(height, width) // 4)
+    for t in range(frames):
+        video[t, :, :, 0] = shade
+        video[t, :, :, 1] = rows + 5 * (t % 24)
+        video[t, :, :, 2] = columns + 5 * (t % 24)
+        left = t * (width - side) // max(1, frames - 1)
+        video[t, side : 2 * side, left : left + side] = 235
+    return video
+
+
+def write_clip_set(
+    root: str | os.PathLike[str],
+    *,
+    train: int = 6,
+    val: int = 3,
+    frames: int = 24,
+    height: int = 48,
+    width: int = 64,
+) -> Path:
+    """Writes a set of short synthetic clips with `manifest.jsonl` and returns its folder."""
+    root = Path(root)
+    lines = []
+    for k in range(train + val):
+        name = f"clip-{k:02d}"
+        shade = 40 + 200 * k // (train + val)
+        video = moving_square(frames, height, width, shade=shade)
+        write_video(root / f"{name}.mp4", video, fps=12)
+        entry = {
+            "id": name,
+            "video": f"{name}.mp4",
+            "caption": f"A square moves to the right, take {k}.",
+            "split": "train" if k < train else "val",
+        }
+        lines.append(json.dumps(entry))
+    (root / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
