@@ -1,0 +1,5 @@
+"""What attention does inside a model: errors against exact attention, and block classes."""
+
+from sla.analysis.probe import LayerStatistics, mean_statistics, observe_attention
+
+__all__ = ["LayerStatistics", "mean_statistics", "observe_attention"]

@@ -1,0 +1,155 @@
+"""`python -m sla COMMAND`: the commands behind the Makefile's targets.
+
+Exit status: 0 done, 1 the job failed, 2 the call or config was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+# Commands import what they need when they run: `--help` and `tables` need no torch.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    _configure_logging()
+    try:
+        status = options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except OSError as error:
+        hint = "; free some space and run the same command again to go on"
+        where = f" ({error.filename})" if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"error: {error.strerror or error}{where}{hint if full else ''}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if options.traceback or not _is_expected(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return int(status or 0)
+
+
+def _configure_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("sla")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    # Each Trainer of a run would repeat its lines on hardware and its tips.
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def _is_expected(error: Exception) -> bool:
+    """Errors whose message says all that the user needs."""
+    return type(error).__module__.startswith(("sla.", "sla_kernels.", "sla_eval."))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(prog="python -m sla", description=__doc__)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    data = commands.add_parser("data", help="build the demo set of real clips")
+    data.add_argument("--root", type=Path, default=Path("data/demo"), help="folder to write")
+    data.set_defaults(run=_data)
+
+    for name, run, text in (
+        ("pretrain", _pretrain, "train the model with full attention"),
+        ("finetune", _finetune, "swap the attention in and fine-tune"),
+        ("config", _config, "print a config with every value resolved"),
+    ):
+        command = commands.add_parser(name, help=text)
+        _add_config(command)
+        if run is not _config:
+            command.add_argument(
+                "--record", action="store_true", help="keep the summary under results/"
+            )
+        command.set_defaults(run=run)
+
+    generate = commands.add_parser("generate", help="write a video of a prompt")
+    _add_config(generate)
+    generate.add_argument("--prompt", required=True, help="what the video shows")
+    generate.add_argument("--weights", type=Path, help="model.safetensors; default: the newest")
+    generate.add_argument("--out", type=Path, help="mp4 to write")
+    generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser("eval", help="measure a model")
+    _add_config(evaluate)
+    evaluate.add_argument("--weights", type=Path, help="model.safetensors; default: the newest")
+    evaluate.add_argument("--out", type=Path, help="folder to write")
+    evaluate.set_defaults(run=_evaluate)
+
+    tables = commands.add_parser("tables", help="write README.md's tables from results/")
+    tables.add_argument("--readme", type=Path, default=Path("README.md"))
+    tables.add_argument("--check", action="store_true", help="fail if they are out of date")
+    tables.set_defaults(run=_tables)
+
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="YAML file under configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="override a config value"
+    )
+
+
+def _data(options: argparse.Namespace) -> None:
+    from sla.cli.data import build
+
+    build(options.root)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from sla.cli.train import pretrain
+
+    pretrain(options.config, options.overrides, record=options.record)
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from sla.cli.train import finetune
+
+    finetune(options.config, options.overrides, record=options.record)
+
+
+def _config(options: argparse.Namespace) -> None:
+    from sla.config import dump, load_experiment
+
+    print(dump(load_experiment(options.config, options.overrides)), end="")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from sla.cli.generate import generate
+
+    generate(options.config, options.overrides, options.prompt, options.weights, options.out)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from sla.cli.evaluate import evaluate
+
+    evaluate(options.config, options.overrides, options.weights, options.out)
+
+
+def _tables(options: argparse.Namespace) -> int:
+    from sla.figures.tables import update_readme
+
+    changed = update_readme(options.readme, check=options.check)
+    if changed and options.check:
+        print(f"{options.readme} differs from results/: run `make tables`", file=sys.stderr)
+        return 1
+    return 0

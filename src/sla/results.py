@@ -1,0 +1,176 @@
+"""Measured numbers with their provenance: `results/<benchmark>/<device>-<date>-<commit>.jsonl`.
+
+The first line of a file is {"provenance": {...}}, each further line one measurement. The newest
+file of a benchmark (and device) is the current one. Tables and figures read nothing else.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path("results")
+_PACKAGES = ("torch", "triton", "lightning", "diffusers")
+
+
+class ResultsError(RuntimeError):
+    """A results file that cannot be read or found."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """One results file.
+
+    Attributes:
+        path: the file.
+        provenance: how, when and on what its rows were measured.
+        rows: one measurement each.
+    """
+
+    path: Path
+    provenance: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def provenance(seed: int | None = None, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a measurement made by this process must be kept with.
+
+    Args:
+        seed: seed of the run, if it has one.
+        command: the command line; this process's own if None.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "command": shlex.join(command if command is not None else _own_command()),
+        "commit": _commit(),
+        "dirty": _dirty(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "driver": _driver() if cuda else None,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
+
+
+def write_results(
+    benchmark: str,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    seed: int | None = None,
+    command: Sequence[str] | None = None,
+    root: Path = RESULTS,
+) -> Path:
+    """Write the measurements of one run to a file of their own.
+
+    Args:
+        benchmark: folder under `root`.
+        rows: one mapping of JSON values a measurement.
+        seed, command: see `provenance`.
+
+    Returns:
+        The file. A later run of the same day, device and commit replaces it.
+    """
+    from sla.data.files import write_text
+
+    head = provenance(seed, command)
+    device = re.sub(r"[^a-z0-9]+", "-", head["device"].lower()).strip("-")
+    date = head["date"][:10].replace("-", "")
+    path = root / benchmark / f"{device}-{date}-{head['commit'][:8]}.jsonl"
+    lines = [{"provenance": head}, *rows]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def read_results(path: Path) -> Results:
+    """Read a results file.
+
+    Raises:
+        ResultsError: it is not one.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return Results(path, lines[0]["provenance"], lines[1:])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ResultsError(f"{path} is not a results file: {error}") from error
+
+
+def read_all(benchmark: str, root: Path = RESULTS) -> list[Results]:
+    """All files of a benchmark, newest first."""
+    found = [read_results(path) for path in sorted((root / benchmark).glob("*.jsonl"))]
+    return sorted(found, key=lambda results: results.provenance["date"], reverse=True)
+
+
+def read_newest_per_device(benchmark: str, root: Path = RESULTS) -> list[Results]:
+    """The current file of each device that a benchmark was run on, newest first."""
+    newest: dict[str, Results] = {}
+    for results in read_all(benchmark, root):
+        newest.setdefault(results.provenance["device"], results)
+    return list(newest.values())
+
+
+def _own_command() -> list[str]:
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = getattr(module, "name", None)
+    if name is None:
+        return ["python", *sys.argv]
+    return ["python", "-m", name.removesuffix(".__main__"), *sys.argv[1:]]
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _commit() -> str:
+    # A copy of the tree without its repository can be told the commit, as CI systems do.
+    return _git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT") or "unknown"
+
+
+def _dirty() -> bool | None:
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return None if status is None else bool(status)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} {os.cpu_count()} cores"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} {os.cpu_count()} cores"
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.split("\n")[0].strip()

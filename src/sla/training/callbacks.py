@@ -1,0 +1,263 @@
+"""Lightning callbacks: what is logged, kept and restored beside the loss."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from sla.analysis import LayerStatistics, mean_statistics, observe_attention
+from sla.data.module import VideoDataModule
+from sla.data.video import gif_bytes, grid
+from sla.training.module import DiffusionModule
+
+
+class DataPosition(Callback):
+    """Tells the data module how many samples the optimiser has consumed.
+
+    What loader workers have prefetched is not consumed: a resumed run reads it again.
+    """
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, VideoDataModule)
+        per_batch = len(batch["sample_index"]) * trainer.world_size
+        data.set_consumed(data.consumed + per_batch)
+
+
+class RandomState(Callback):
+    """Keeps the random state of every library in the checkpoint.
+
+    Data, noise and timesteps are functions of (seed, sample index) and need no state; this is for
+    whatever else draws (a method's own sampling, dropout of a model added later). Only rank 0's
+    state is kept: with several processes nothing of ours may draw from it.
+    """
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["random_state"] = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(legacy=True),  # noqa: NPY002
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint.get("random_state")
+        if state is None:
+            return
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])  # noqa: NPY002
+        torch.set_rng_state(state["torch"].cpu())
+        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+class Throughput(Callback):
+    """Logs samples and video tokens per second, and the GPU's peak memory.
+
+    Args:
+        every: steps between two rows.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._samples = 0
+        self._tokens = 0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._samples = self._tokens = 0
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        samples = len(batch["sample_index"]) * trainer.world_size
+        self._samples += samples
+        self._tokens += samples * pl_module.tokens(batch["video"])
+        if (batch_idx + 1) % self.every:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            pl_module.log("system/gpu_peak_gib", torch.cuda.max_memory_allocated() / 2**30)
+        seconds = time.perf_counter() - self._since
+        pl_module.log("throughput/samples_per_s", self._samples / seconds)
+        pl_module.log("throughput/tokens_per_s", self._tokens / seconds)
+        self.on_train_start(trainer, pl_module)
+
+
+class AttentionStatistics(Callback):
+    """Logs block classes and the error against exact attention on the first validation batch."""
+
+    def __init__(self) -> None:
+        self._observing = ExitStack()
+        self._observed: list[LayerStatistics] = []
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            assert isinstance(pl_module, DiffusionModule)
+            self._observed = self._observing.enter_context(observe_attention(pl_module.model))
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx != 0:
+            return
+        self._observing.close()
+        mean = mean_statistics(self._observed)
+        for name in ("error", "error_l1", "critical", "marginal", "negligible"):
+            pl_module.log(
+                f"attention/{name}",
+                getattr(mean, name),
+                on_step=False,
+                on_epoch=True,
+                batch_size=1,
+                rank_zero_only=True,
+            )
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._observing.close()
+
+
+class SampleVideos(Callback):
+    """Writes sample videos to TensorBoard as an animated grid, every n steps and at the end.
+
+    Args:
+        sample: makes the samples of a module: uint8 (prompts, T, H, W, 3).
+        every: training steps between two samples; 0 samples only at the end.
+        fps: frames per second of the animation.
+    """
+
+    def __init__(
+        self, sample: Callable[[DiffusionModule], np.ndarray], every: int, fps: float
+    ) -> None:
+        self.sample = sample
+        self.every = every
+        self.fps = fps
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step = trainer.global_step
+        due = self.every and step % self.every == 0 and step < trainer.max_steps
+        if due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._log(trainer, pl_module)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # After on_train_end, which puts the averaged weights into the module.
+        if not trainer.interrupted:
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        videos = self.sample(pl_module)
+        if len(videos) and isinstance(trainer.logger, TensorBoardLogger):
+            log_videos(trainer.logger, videos, trainer.global_step, self.fps)
+
+
+def log_videos(logger: TensorBoardLogger, videos: np.ndarray, step: int, fps: float) -> None:
+    """Write videos, uint8 (videos, T, H, W, 3), as one animated picture."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    together = grid(list(videos))
+    image = Summary.Image(
+        height=together.shape[1],
+        width=together.shape[2],
+        colorspace=3,
+        encoded_image_string=gif_bytes(together, fps),
+    )
+    # SummaryWriter.add_video needs moviepy and temporary files to make the same bytes.
+    summary = Summary(value=[Summary.Value(tag="samples", image=image)])
+    logger.experiment._get_file_writer().add_summary(summary, step)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """`last.ckpt`: replaced, whole or not at all, every n steps and after the last one.
+
+    Args:
+        folder: where it is kept.
+        every: optimiser steps between two checkpoints.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="last",
+            every_n_train_steps=every,
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        finished = trainer.global_step >= trainer.max_steps
+        if finished and self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def best_checkpoint(folder: Path) -> ModelCheckpoint:
+    """`best.ckpt`: the weights of the lowest validation loss so far."""
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor="val/loss",
+        mode="min",
+        save_top_k=1,
+        enable_version_counter=False,
+    )

@@ -1,0 +1,192 @@
+"""The schema of an experiment: what a YAML file under configs/ may say.
+
+Plain dataclasses; each number's default has its one home here or beside the class that uses it.
+`sla.config` reads YAML into these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sla.attention import AttentionConfig
+from sla.data.module import DataConfig
+from sla.models.dit import DiTConfig
+from sla.models.text import ByteTextEncoderConfig
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+@dataclass
+class RunConfig:
+    """Where a run is kept and how it starts.
+
+    Attributes:
+        name: folder of the run under `dir`.
+        dir: folder of all runs.
+        seed: seed of initial weights, noise and timesteps (`data.seed` is that of the data).
+        resume: `auto` continues the run of this name from its last checkpoint, if there is one;
+            `never` renames an older run of this name and starts anew; anything else is the path
+            of a checkpoint to continue from.
+        init_weights: safetensors file of the pretrained model, or empty to start from scratch.
+    """
+
+    name: str = "run"
+    dir: str = "runs"
+    seed: int = 0
+    resume: str = "auto"
+    init_weights: str = ""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a folder name")
+
+
+@dataclass
+class FlowConfig:
+    """Flow matching as Wan2.1 does it (`sla.diffusion.flow_matching`).
+
+    Attributes:
+        shift: timestep shift s: sigma' = s sigma / (1 + (s - 1) sigma).
+        timesteps: density of sigma before the shift in training: `logit_normal` or `uniform`.
+    """
+
+    shift: float = 3.0
+    timesteps: str = "logit_normal"
+
+    def __post_init__(self) -> None:
+        _require(self.shift > 0, "flow.shift", self.shift, "positive")
+        _require(
+            self.timesteps in ("logit_normal", "uniform"),
+            "flow.timesteps",
+            self.timesteps,
+            "'logit_normal' or 'uniform'",
+        )
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, its schedule, clipping and averaging.
+
+    Attributes:
+        learning_rate: peak learning rate.
+        method_lr_scale: factor on the learning rate of the attention method's own parameters
+            (Proj): they start at zero, where all other weights are pretrained.
+        weight_decay: decoupled weight decay; matrices only, Proj and other one-dimensional or
+            method parameters are left out.
+        beta1, beta2: AdamW's averaging coefficients.
+        warmup_steps: steps of linear warm-up.
+        schedule: after the warm-up `constant`, or `cosine` to `final_lr_fraction` at max_steps.
+        final_lr_fraction: last learning rate over the peak one, for `cosine`.
+        grad_clip: largest norm of the gradient; 0 for no clipping.
+        ema_decay: decay of the exponential moving average of the weights per step; 0 for none.
+            Validation, final samples and exported weights use the average.
+        accumulate: batches per optimiser step.
+    """
+
+    learning_rate: float = 1e-4
+    method_lr_scale: float = 1.0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    final_lr_fraction: float = 0.1
+    grad_clip: float = 1.0
+    ema_decay: float = 0.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "positive")
+        _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "in [0, 1)")
+        _require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, ">= 0")
+        _require(self.accumulate >= 1, "optim.accumulate", self.accumulate, ">= 1")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, ">= 0")
+        _require(
+            self.schedule in ("constant", "cosine"),
+            "optim.schedule",
+            self.schedule,
+            "'constant' or 'cosine'",
+        )
+
+
+@dataclass
+class TrainerConfig:
+    """What goes to Lightning's Trainer.
+
+    Attributes:
+        max_steps: optimiser steps of the whole run.
+        accelerator, devices, strategy, num_nodes: as Lightning's; `auto` uses a GPU if there is
+            one.
+        precision: `auto` is bf16-mixed on a GPU that has bf16 and 32-true elsewhere.
+        compile: torch.compile the network.
+        activation_checkpointing: recompute each block in the backward to save memory.
+        val_every: validate every n steps.
+        val_strata: timestep strata at which each validation clip is measured.
+        checkpoint_every: checkpoint every n steps (and at the end).
+        log_every: write scalars every n steps.
+        progress_bar: show Lightning's progress bar.
+    """
+
+    max_steps: int = 1000
+    accelerator: str = "auto"
+    devices: str = "auto"
+    strategy: str = "auto"
+    num_nodes: int = 1
+    precision: str = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    val_every: int = 100
+    val_strata: int = 4
+    checkpoint_every: int = 100
+    log_every: int = 10
+    progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "val_every", "val_strata", "checkpoint_every", "log_every"):
+            _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), ">= 1")
+
+
+@dataclass
+class SamplingConfig:
+    """Sample videos, written at the end of a run and every `every` steps.
+
+    Attributes:
+        prompts: captions to sample; empty takes the first `num_prompts` validation captions.
+        num_prompts: how many validation captions to take.
+        steps: Euler steps.
+        guidance: classifier-free guidance scale; 1 for none.
+        seed: seed of the first prompt's noise; prompt i has seed + i.
+        every: sample to TensorBoard every n training steps; 0 only at the end.
+        fps: frames per second of the files written.
+    """
+
+    prompts: list[str] = field(default_factory=list)
+    num_prompts: int = 2
+    steps: int = 16
+    guidance: float = 3.0
+    seed: int = 0
+    every: int = 0
+    fps: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "sampling.steps", self.steps, ">= 1")
+        _require(self.fps >= 1, "sampling.fps", self.fps, ">= 1")
+        _require(self.num_prompts >= 0, "sampling.num_prompts", self.num_prompts, ">= 0")
+        _require(self.every >= 0, "sampling.every", self.every, ">= 0")
+
+
+@dataclass
+class Experiment:
+    """Everything that defines a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: DiTConfig = field(default_factory=DiTConfig)
+    text: ByteTextEncoderConfig = field(default_factory=ByteTextEncoderConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -1,0 +1,179 @@
+"""The LightningModule: a video diffusion model trained by flow matching.
+
+It knows the loss of a batch and the optimiser, nothing of data, files, sampling or logging of
+pictures: those are the data module's, the callbacks' and the run's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from sla.attention import AttentionMethod
+from sla.data.module import VideoBatch
+from sla.diffusion.flow_matching import FlowMatching, per_sample_noise
+from sla.models.dit import VideoDiT
+from sla.models.text import TextEncoder
+from sla.training.config import OptimConfig
+
+# Validation noise is drawn from a stream of its own, the same for every run and arm, so that
+# validation losses can be compared pair by pair.
+VALIDATION_SEED = 20_250_924
+
+
+class DiffusionModule(pl.LightningModule):
+    """Flow matching of a text-conditioned video model.
+
+    Noise and timestep of a sample are a function of (seed, sample index): the loss curve does not
+    depend on how samples are spread over processes, nor on interruptions, and two arms of a study
+    with one seed see the same draws. (Training noise is drawn on the GPU where there is one, so a
+    CPU run sees other noise than a GPU run; validation noise is the same everywhere.)
+
+    Args:
+        model: the network; predicts the velocity.
+        text_encoder: captions to embeddings; trained along if it has trainable parameters.
+        flow: the diffusion process.
+        optim: optimiser settings.
+        seed: seed of training noise and timesteps.
+        max_steps: optimiser steps of the run, for the schedule.
+        val_strata: timestep strata at which each validation sample is measured.
+        compile: run training steps through torch.compile.
+    """
+
+    def __init__(
+        self,
+        model: VideoDiT,
+        text_encoder: TextEncoder,
+        flow: FlowMatching,
+        optim: OptimConfig,
+        *,
+        seed: int,
+        max_steps: int,
+        val_strata: int,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.text_encoder = text_encoder
+        self.flow = flow
+        self.optim = optim
+        self.seed = seed
+        self.max_steps = max_steps
+        self.val_strata = val_strata
+        if compile:
+            model.compile()
+        self.validation_loss = MeanMetric()
+        self.bucket_losses = nn.ModuleList(MeanMetric() for _ in range(val_strata))
+
+    def tokens(self, video: Tensor) -> int:
+        """Video tokens of one sample of a (B, C, T, H, W) batch."""
+        return math.prod(self.model.config.grid(video.shape))
+
+    def losses(
+        self, batch: VideoBatch, sigma: Tensor, noise: Tensor, *, training: bool = False
+    ) -> Tensor:
+        """Flow-matching loss of each sample.
+
+        Args:
+            batch: B samples.
+            sigma: (B,) noise level in [0, 1].
+            noise: as `batch["video"]`.
+
+        Returns:
+            (B,) float32: mean squared error of the velocity.
+        """
+        video = batch["video"]
+        text, text_mask = self.text_encoder.encode(batch["caption"])
+        noisy = self.flow.interpolate(video, noise, sigma)
+        # Only training steps are compiled: validation is observed through hooks.
+        forward = self.model if training else self.model.forward
+        velocity = forward(noisy, self.flow.timestep(sigma), text, text_mask)
+        return self.flow.loss(velocity, self.flow.target(video, noise))
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
+        noise, u = per_sample_noise(
+            batch["sample_index"],
+            self.seed,
+            batch["video"].shape[1:],
+            self.device,
+            draw_on=self.device,
+        )
+        loss = self.losses(batch, self.flow.sample_sigma(u), noise, training=True).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(u), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
+        for stratum in range(self.val_strata):
+            losses = self.validation_losses(batch, stratum)
+            # Weight 0 marks what fills up the last batches when ranks share the windows unevenly.
+            for metric in (self.validation_loss, self.bucket_losses[stratum]):
+                metric.update(losses, batch["weight"])  # type: ignore[operator]
+
+    def validation_losses(self, batch: VideoBatch, stratum: int) -> Tensor:
+        """(B,) losses at fixed noise, sigma inside the given one of `val_strata` equally likely
+        strata of the training density."""
+        index = batch["sample_index"] * self.val_strata + stratum
+        noise, u = per_sample_noise(index, VALIDATION_SEED, batch["video"].shape[1:], self.device)
+        sigma = self.flow.sample_sigma((stratum + u) / self.val_strata)
+        return self.losses(batch, sigma, noise)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/loss", self.validation_loss, prog_bar=True)
+        for stratum, metric in enumerate(self.bucket_losses):
+            self.log(f"val/loss_stratum_{stratum}", metric)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:
+        optim = self.optim
+        optimizer = torch.optim.AdamW(
+            self.parameter_groups(),
+            lr=optim.learning_rate,
+            betas=(optim.beta1, optim.beta2),
+        )
+        schedule = LambdaLR(optimizer, self.learning_rate_factor)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Decayed matrices, undecayed rest, and the attention methods' own parameters."""
+        own = {
+            id(parameter)
+            for module in self.model.modules()
+            if isinstance(module, AttentionMethod)
+            for parameter in module.parameters()
+        }
+        trained = [p for p in self.parameters() if p.requires_grad]
+        rest = [p for p in trained if id(p) not in own]
+        method_rate = self.optim.learning_rate * self.optim.method_lr_scale
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [p for p in rest if p.ndim >= 2],
+                "weight_decay": self.optim.weight_decay,
+            },
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+            {
+                "params": [p for p in trained if id(p) in own],
+                "weight_decay": 0.0,
+                "lr": method_rate,
+            },
+        ]
+        return [group for group in groups if group["params"]]
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Learning rate at a step over the peak one: linear warm-up, then the schedule."""
+        optim = self.optim
+        if step < optim.warmup_steps:
+            return (step + 1) / (optim.warmup_steps + 1)
+        if optim.schedule == "constant":
+            return 1.0
+        span = max(1, self.max_steps - optim.warmup_steps)
+        progress = min(1.0, (step - optim.warmup_steps) / span)
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return optim.final_lr_fraction + (1 - optim.final_lr_fraction) * cosine

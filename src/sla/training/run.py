@@ -1,0 +1,331 @@
+"""What `make pretrain` and `make finetune` do, step by step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from sla.attention import FullConfig
+from sla.data.module import VideoDataModule
+from sla.data.video import grid, picture_strip, write_picture, write_video
+from sla.models.checkpoint import load_weights, save_model
+from sla.training.build import (
+    build_evaluator,
+    build_module,
+    build_networks,
+    build_trainer,
+)
+from sla.training.callbacks import SampleVideos
+from sla.training.config import Experiment
+from sla.training.generation import generate_videos
+from sla.training.module import DiffusionModule
+from sla.training.run_folder import RunError, RunFolder, open_run
+
+log = logging.getLogger(__name__)
+
+_FINISHED = "finished already; run.name=... or run.resume=never starts another"
+
+
+def pretrain(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Train from scratch (or from `run.init_weights`) and export the weights.
+
+    Args:
+        experiment: what to run.
+        resolved: the same as plain values, kept with the run.
+
+    Returns:
+        The run's summary, as in its `summary.json`.
+
+    Raises:
+        RunError: the run cannot start or go on.
+    """
+    start = time.perf_counter()
+    folder = open_run(experiment.run, resolved)
+    finished = _finished(folder, experiment)
+    if finished is not None:
+        return finished
+    data = VideoDataModule(experiment.data)
+    model, text_encoder = build_networks(experiment)
+    if experiment.run.init_weights:
+        load_weights(experiment.run.init_weights, model, text_encoder)
+    module = build_module(experiment, model, text_encoder)
+    _fit(experiment, folder, module, data)
+    after = _evaluate(experiment, module, data)
+    # bf16: the weights are shipped with the repository.
+    _export(folder, module, resolved, torch.bfloat16)
+    summary = {
+        "name": experiment.run.name,
+        "attention": experiment.attention.name,
+        "steps": experiment.trainer.max_steps,
+        "val_loss": after.loss,
+        "val_loss_strata": after.strata,
+        **_resources(start),
+    }
+    _write_samples(experiment, folder, {experiment.attention.name: module}, data)
+    _write_summary(folder, summary)
+    return summary
+
+
+def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The paper's experiment: measure full attention, swap the method in, fine-tune, measure.
+
+    Args, returns and raises as `pretrain`; the summary's fields are those of
+    `results/finetune/`.
+    """
+    start = time.perf_counter()
+    if not experiment.run.init_weights:
+        raise RunError("run.init_weights is empty; fine-tuning starts from pretrained weights")
+    folder = open_run(experiment.run, resolved)
+    finished = _finished(folder, experiment)
+    if finished is not None:
+        return finished
+    data = VideoDataModule(experiment.data)
+
+    model, text_encoder = build_networks(experiment, FullConfig())
+    load_weights(experiment.run.init_weights, model, text_encoder)
+    module = build_module(experiment, model, text_encoder)
+    baseline = _baseline(experiment, folder, module, data)
+    model.set_attention(experiment.attention)
+
+    _fit(experiment, folder, module, data)
+    after = _evaluate(experiment, module, data)
+    _export(folder, module, resolved)
+
+    teacher, teacher_text = build_networks(experiment, FullConfig())
+    load_weights(experiment.run.init_weights, teacher, teacher_text)
+    full = build_module(experiment, teacher, teacher_text)
+    tokens = model.config.grid(_video_shape(experiment))
+    flops = [sum(m.flops(tokens) for m in net.attention_modules()) for net in (model, teacher)]
+    summary = {
+        "name": experiment.run.name,
+        "attention": experiment.attention.name,
+        "steps": experiment.trainer.max_steps,
+        "full_val_loss": baseline["full_val_loss"],
+        "sla_val_loss_before": baseline["sla_val_loss_before"],
+        "sla_val_loss_after": after.loss,
+        "attention_error_before": baseline["attention_error_before"],
+        "attention_error_after": after.error,
+        "attention_flops_ratio": flops[0] / flops[1],
+        "critical_fraction": after.critical,
+        "marginal_fraction": after.marginal,
+        "negligible_fraction": after.negligible,
+        "tokens": math.prod(tokens),
+    }
+    _write_samples(experiment, folder, {"full": full, experiment.attention.name: module}, data)
+    summary |= _resources(start)
+    _write_summary(folder, summary)
+    return summary
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A validation pass: mean loss, loss by stratum, and attention against exact attention."""
+
+    loss: float
+    strata: list[float]
+    error: float
+    critical: float
+    marginal: float
+    negligible: float
+
+
+def _baseline(
+    experiment: Experiment, folder: RunFolder, module: DiffusionModule, data: VideoDataModule
+) -> dict[str, float]:
+    """Measures before any fine-tuning; kept, so that a resumed run has them."""
+    path = folder.path / "baseline.json"
+    if path.is_file():
+        stored = json.loads(path.read_text())
+        assert isinstance(stored, dict)
+        return stored
+    full = _evaluate(experiment, module, data)
+    log.info(f"full attention: validation loss {full.loss:.5f}")
+    module.model.set_attention(experiment.attention)
+    swapped = _evaluate(experiment, module, data)
+    log.info(
+        f"{experiment.attention.name} swapped in, not fine-tuned: validation loss "
+        f"{swapped.loss:.5f}, attention error {swapped.error:.3f}"
+    )
+    baseline = {
+        "full_val_loss": full.loss,
+        "sla_val_loss_before": swapped.loss,
+        "attention_error_before": swapped.error,
+    }
+    if rank_zero_only.rank == 0:
+        folder.write_json("baseline.json", baseline)
+    return baseline
+
+
+def _evaluate(experiment: Experiment, module: DiffusionModule, data: VideoDataModule) -> Measured:
+    metrics = build_evaluator(experiment).validate(module, datamodule=data, verbose=False)[0]
+    return Measured(
+        loss=metrics["val/loss"],
+        strata=[metrics[f"val/loss_stratum_{i}"] for i in range(module.val_strata)],
+        error=metrics["attention/error"],
+        critical=metrics["attention/critical"],
+        marginal=metrics["attention/marginal"],
+        negligible=metrics["attention/negligible"],
+    )
+
+
+def _fit(
+    experiment: Experiment, folder: RunFolder, module: DiffusionModule, data: VideoDataModule
+) -> None:
+    prompts = _prompts(experiment, data)
+
+    def samples(module: DiffusionModule) -> np.ndarray:
+        return sample_videos(experiment, module, prompts)
+
+    sampling = experiment.sampling
+    callbacks = [SampleVideos(samples, sampling.every, sampling.fps)]
+    trainer = build_trainer(experiment, folder.path, callbacks)
+    if folder.checkpoint is not None:
+        check_checkpoint(folder.checkpoint, module)
+        log.info(f"going on from {folder.checkpoint}")
+    checkpoint = None if folder.checkpoint is None else str(folder.checkpoint)
+    # Our own checkpoints hold optimiser and random states, which weights_only refuses.
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)
+    if trainer.interrupted or trainer.global_step < experiment.trainer.max_steps:
+        raise RunError(
+            f"training stopped at step {trainer.global_step} of {experiment.trainer.max_steps}; "
+            f"run the same command again to go on from {folder.checkpoints / 'last.ckpt'}"
+        )
+
+
+def check_checkpoint(path: Path, module: DiffusionModule) -> None:
+    """A checkpoint must be of this network.
+
+    Raises:
+        RunError: unreadable, or its parameters differ in name or shape; lists them.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        stored = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
+    except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
+        raise RunError(f"{path} is not a readable checkpoint: {error}") from error
+    wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    wrong = sorted(name for name in {*stored, *wanted} if stored.get(name) != wanted.get(name))
+    if wrong:
+        listing = "\n".join(
+            f"  {name}: checkpoint {stored.get(name, 'absent')}, model {wanted.get(name, 'absent')}"
+            for name in wrong[:12]
+        )
+        more = f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        raise RunError(f"{path} is of another architecture:\n{listing}{more}")
+
+
+def _finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | None:
+    summary = folder.finished_summary()
+    if summary is None or summary.get("steps", 0) < experiment.trainer.max_steps:
+        return None
+    log.info(f"{folder.path}: {_FINISHED}")
+    return summary
+
+
+def _video_shape(experiment: Experiment) -> tuple[int, int, int, int, int]:
+    data = experiment.data
+    return (1, experiment.model.in_channels, data.num_frames, data.height, data.width)
+
+
+def _prompts(experiment: Experiment, data: VideoDataModule) -> list[str]:
+    config = experiment.sampling
+    if config.prompts or not config.num_prompts:
+        return list(config.prompts)
+    captions = list(dict.fromkeys(clip.caption for clip in data.val_clips))
+    step = max(1, len(captions) // config.num_prompts)
+    return captions[::step][: config.num_prompts]
+
+
+def sample_videos(
+    experiment: Experiment, module: DiffusionModule, prompts: list[str]
+) -> np.ndarray:
+    """Videos of the prompts, uint8 (prompts, T, H, W, C), in the run's precision."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.autocast(
+            module.device.type, torch.bfloat16, enabled=module.device.type == "cuda"
+        ):
+            return generate_videos(
+                module.model,
+                module.text_encoder,
+                module.flow,
+                experiment.sampling,
+                prompts,
+                _video_shape(experiment)[1:],
+            )
+    finally:
+        module.train(training)
+
+
+@rank_zero_only
+def _write_samples(
+    experiment: Experiment,
+    folder: RunFolder,
+    modules: Mapping[str, DiffusionModule],
+    data: VideoDataModule,
+) -> None:
+    """Videos of every model at the same prompts and seeds, and all of them side by side."""
+    prompts = _prompts(experiment, data)
+    if not prompts:
+        return
+    folder.samples.mkdir(exist_ok=True)
+    device = next(iter(modules.values())).device
+    rows = {}
+    for name, module in modules.items():
+        log.info(f"sampling {len(prompts)} videos with {name}")
+        rows[name] = sample_videos(experiment, module.to(device), prompts)
+        for i, video in enumerate(rows[name]):
+            write_video(folder.samples / f"{name}-{i}.mp4", video, experiment.sampling.fps)
+    folder.write_json(
+        "samples/prompts.json",
+        {"prompts": prompts, "seeds": [experiment.sampling.seed + i for i in range(len(prompts))]},
+    )
+    # One column a model, one row a prompt.
+    videos = [rows[name][i] for i in range(len(prompts)) for name in rows]
+    together = grid(videos, list(rows) * len(prompts), columns=len(rows))
+    write_video(folder.samples / "side_by_side.mp4", together, experiment.sampling.fps)
+    write_picture(folder.samples / "side_by_side.png", picture_strip(together))
+
+
+@rank_zero_only
+def _export(
+    folder: RunFolder,
+    module: DiffusionModule,
+    resolved: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
+    save_model(
+        folder.weights,
+        module.model,
+        module.text_encoder,
+        metadata={"experiment": dict(resolved), "steps": module.max_steps},
+        dtype=dtype,
+    )
+
+
+@rank_zero_only
+def _write_summary(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    folder.write_json("summary.json", summary)
+
+
+def _resources(start: float) -> dict[str, float]:
+    """Wall time, and the peak memory of the GPU, or of this process where there is none."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"wall_seconds": round(time.perf_counter() - start, 1), "peak_bytes": peak}
