@@ -46,9 +46,6 @@ def _configure_logging() -> None:
     log = logging.getLogger("sla")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
-    # Each Trainer of a run would repeat its lines on hardware and its tips.
-    for name in ("lightning.pytorch", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 

@@ -162,11 +162,11 @@ class AttentionStatistics(Callback):
 
 
 class SampleVideos(Callback):
-    """Writes sample videos to TensorBoard as an animated grid, every n steps and at the end.
+    """Writes sample videos to TensorBoard as an animated grid, every n steps.
 
     Args:
         sample: makes the samples of a module: uint8 (prompts, T, H, W, 3).
-        every: training steps between two samples; 0 samples only at the end.
+        every: training steps between two samples; 0 for none.
         fps: frames per second of the animation.
     """
 
@@ -189,23 +189,17 @@ class SampleVideos(Callback):
         step = trainer.global_step
         due = self.every and step % self.every == 0 and step < trainer.max_steps
         if due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._log(trainer, pl_module)
-
-    @rank_zero_only
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # After on_train_end, which puts the averaged weights into the module.
-        if not trainer.interrupted:
-            self._log(trainer, pl_module)
-
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, DiffusionModule)
-        videos = self.sample(pl_module)
-        if len(videos) and isinstance(trainer.logger, TensorBoardLogger):
-            log_videos(trainer.logger, videos, trainer.global_step, self.fps)
+            assert isinstance(pl_module, DiffusionModule)
+            log_videos(trainer.logger, self.sample(pl_module), step, self.fps)
 
 
-def log_videos(logger: TensorBoardLogger, videos: np.ndarray, step: int, fps: float) -> None:
-    """Write videos, uint8 (videos, T, H, W, 3), as one animated picture."""
+def log_videos(logger: Any, videos: np.ndarray, step: int, fps: float) -> None:
+    """Write videos, uint8 (videos, T, H, W, 3), as one animated picture.
+
+    Does nothing without videos or with a logger that is not TensorBoard's.
+    """
+    if not len(videos) or not isinstance(logger, TensorBoardLogger):
+        return
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     together = grid(list(videos))

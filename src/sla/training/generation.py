@@ -52,7 +52,7 @@ def generate_videos(
         text, text_mask = text_encoder.encode([prompt])
         null_text, null_mask = text_encoder.encode([""])
         video = sample(
-            model,
+            model.forward,  # as it is: compiling for these shapes would take longer than sampling
             noise,
             text,
             text_mask,

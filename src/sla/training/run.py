@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -27,7 +28,7 @@ from sla.training.build import (
     build_networks,
     build_trainer,
 )
-from sla.training.callbacks import SampleVideos
+from sla.training.callbacks import SampleVideos, log_videos
 from sla.training.config import Experiment
 from sla.training.generation import generate_videos
 from sla.training.module import DiffusionModule
@@ -61,7 +62,7 @@ def pretrain(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     if experiment.run.init_weights:
         load_weights(experiment.run.init_weights, model, text_encoder)
     module = build_module(experiment, model, text_encoder)
-    _fit(experiment, folder, module, data)
+    trainer = _fit(experiment, folder, module, data)
     after = _evaluate(experiment, module, data)
     # bf16: the weights are shipped with the repository.
     _export(folder, module, resolved, torch.bfloat16)
@@ -73,7 +74,7 @@ def pretrain(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
         "val_loss_strata": after.strata,
         **_resources(start),
     }
-    _write_samples(experiment, folder, {experiment.attention.name: module}, data)
+    _write_samples(experiment, folder, {experiment.attention.name: module}, data, trainer)
     _write_summary(folder, summary)
     return summary
 
@@ -99,7 +100,7 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     baseline = _baseline(experiment, folder, module, data)
     model.set_attention(experiment.attention)
 
-    _fit(experiment, folder, module, data)
+    trainer = _fit(experiment, folder, module, data)
     after = _evaluate(experiment, module, data)
     _export(folder, module, resolved)
 
@@ -123,7 +124,8 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
         "negligible_fraction": after.negligible,
         "tokens": math.prod(tokens),
     }
-    _write_samples(experiment, folder, {"full": full, experiment.attention.name: module}, data)
+    modules = {"full": full, experiment.attention.name: module}
+    _write_samples(experiment, folder, modules, data, trainer)
     summary |= _resources(start)
     _write_summary(folder, summary)
     return summary
@@ -182,7 +184,7 @@ def _evaluate(experiment: Experiment, module: DiffusionModule, data: VideoDataMo
 
 def _fit(
     experiment: Experiment, folder: RunFolder, module: DiffusionModule, data: VideoDataModule
-) -> None:
+) -> pl.Trainer:
     prompts = _prompts(experiment, data)
 
     def samples(module: DiffusionModule) -> np.ndarray:
@@ -202,6 +204,7 @@ def _fit(
             f"training stopped at step {trainer.global_step} of {experiment.trainer.max_steps}; "
             f"run the same command again to go on from {folder.checkpoints / 'last.ckpt'}"
         )
+    return trainer
 
 
 def check_checkpoint(path: Path, module: DiffusionModule) -> None:
@@ -276,13 +279,14 @@ def _write_samples(
     folder: RunFolder,
     modules: Mapping[str, DiffusionModule],
     data: VideoDataModule,
+    trainer: pl.Trainer,
 ) -> None:
     """Videos of every model at the same prompts and seeds, and all of them side by side."""
     prompts = _prompts(experiment, data)
     if not prompts:
         return
     folder.samples.mkdir(exist_ok=True)
-    device = next(iter(modules.values())).device
+    device = trainer.strategy.root_device  # `fit` leaves the module on the CPU
     rows = {}
     for name, module in modules.items():
         log.info(f"sampling {len(prompts)} videos with {name}")
@@ -293,6 +297,14 @@ def _write_samples(
         "samples/prompts.json",
         {"prompts": prompts, "seeds": [experiment.sampling.seed + i for i in range(len(prompts))]},
     )
+    log_videos(
+        trainer.logger,
+        rows[experiment.attention.name],
+        experiment.trainer.max_steps,
+        experiment.sampling.fps,
+    )
+    if trainer.logger is not None:
+        trainer.logger.finalize("success")
     # One column a model, one row a prompt.
     videos = [rows[name][i] for i in range(len(prompts)) for name in rows]
     together = grid(videos, list(rows) * len(prompts), columns=len(rows))
