@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,8 +58,8 @@ def dump(experiment: Experiment) -> str:
 def to_dict(experiment: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON-able values."""
     container = OmegaConf.to_container(OmegaConf.structured(experiment), resolve=True)
-    assert isinstance(container, dict)
-    return typing.cast(dict[str, Any], container)
+    # As a file would give them back: lists, no tuples.
+    return typing.cast(dict[str, Any], json.loads(json.dumps(container)))
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...]) -> DictConfig:
@@ -141,7 +142,7 @@ def _check_keys(
     hints = get_type_hints(schema)
     fields = [field.name for field in dataclasses.fields(schema)]
     for key in values:
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key!s}"
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -9,7 +9,6 @@ import argparse
 import errno
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,8 +45,6 @@ def _configure_logging() -> None:
     log = logging.getLogger("sla")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 def _is_expected(error: Exception) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from sla.cli.data import ensure
+from sla.cli.quiet import quiet_lightning
 from sla.config import load_experiment, to_dict
 from sla.results import write_results
 from sla.training import run
@@ -18,6 +19,7 @@ from sla.training.config import Experiment
 
 def pretrain(config: Path, overrides: Sequence[str], *, record: bool = False) -> None:
     """Train the model that fine-tuning starts from."""
+    quiet_lightning()
     experiment = load_experiment(config, overrides)
     _ensure_data(experiment.data)
     summary = run.pretrain(experiment, to_dict(experiment))
@@ -27,6 +29,7 @@ def pretrain(config: Path, overrides: Sequence[str], *, record: bool = False) ->
 
 def finetune(config: Path, overrides: Sequence[str], *, record: bool = False) -> None:
     """The paper's experiment; ends with a summary."""
+    quiet_lightning()
     experiment = load_experiment(config, overrides)
     _ensure_data(experiment.data)
     summary = run.finetune(experiment, to_dict(experiment))

@@ -73,8 +73,14 @@ def resolve_precision(config: TrainerConfig) -> Any:
     """`auto`: bf16-mixed where the accelerator is a GPU that has bf16, else 32-true."""
     if config.precision != "auto":
         return config.precision
-    on_gpu = config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    on_gpu = sampling_device(config).type == "cuda"
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def sampling_device(config: TrainerConfig) -> torch.device:
+    """Where to sample outside of a Trainer."""
+    on_gpu = config.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _hardware(config: TrainerConfig) -> dict[str, Any]:
@@ -91,6 +97,9 @@ def _hardware(config: TrainerConfig) -> dict[str, Any]:
         "precision": resolve_precision(config),
         # The data module splits samples over ranks itself, resumably.
         "use_distributed_sampler": False,
+        # Metric states made in inference mode cannot be updated outside of it, and one module is
+        # validated by several Trainers.
+        "inference_mode": False,
     }
 
 

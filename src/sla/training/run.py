@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sla.attention import FullConfig
 from sla.data.module import VideoDataModule
 from sla.data.video import grid, picture_strip, write_picture, write_video
 from sla.models.checkpoint import load_weights, save_model
+from sla.models.text import ByteTextEncoder
 from sla.training.build import (
     build_evaluator,
     build_module,
@@ -32,7 +33,7 @@ from sla.training.callbacks import SampleVideos, log_videos
 from sla.training.config import Experiment
 from sla.training.generation import generate_videos
 from sla.training.module import DiffusionModule
-from sla.training.run_folder import RunError, RunFolder, open_run
+from sla.training.run_folder import RunError, RunFolder, is_rank_zero, open_run
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def pretrain(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
         load_weights(experiment.run.init_weights, model, text_encoder)
     module = build_module(experiment, model, text_encoder)
     trainer = _fit(experiment, folder, module, data)
-    after = _evaluate(experiment, module, data)
+    after = evaluate(experiment, module, data)
     # bf16: the weights are shipped with the repository.
     _export(folder, module, resolved, torch.bfloat16)
     summary = {
@@ -101,7 +102,7 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     model.set_attention(experiment.attention)
 
     trainer = _fit(experiment, folder, module, data)
-    after = _evaluate(experiment, module, data)
+    after = evaluate(experiment, module, data)
     _export(folder, module, resolved)
 
     teacher, teacher_text = build_networks(experiment, FullConfig())
@@ -152,10 +153,10 @@ def _baseline(
         stored = json.loads(path.read_text())
         assert isinstance(stored, dict)
         return stored
-    full = _evaluate(experiment, module, data)
+    full = evaluate(experiment, module, data)
     log.info(f"full attention: validation loss {full.loss:.5f}")
     module.model.set_attention(experiment.attention)
-    swapped = _evaluate(experiment, module, data)
+    swapped = evaluate(experiment, module, data)
     log.info(
         f"{experiment.attention.name} swapped in, not fine-tuned: validation loss "
         f"{swapped.loss:.5f}, attention error {swapped.error:.3f}"
@@ -165,12 +166,12 @@ def _baseline(
         "sla_val_loss_before": swapped.loss,
         "attention_error_before": swapped.error,
     }
-    if rank_zero_only.rank == 0:
+    if is_rank_zero():
         folder.write_json("baseline.json", baseline)
     return baseline
 
 
-def _evaluate(experiment: Experiment, module: DiffusionModule, data: VideoDataModule) -> Measured:
+def evaluate(experiment: Experiment, module: DiffusionModule, data: VideoDataModule) -> Measured:
     metrics = build_evaluator(experiment).validate(module, datamodule=data, verbose=False)[0]
     return Measured(
         loss=metrics["val/loss"],
@@ -185,7 +186,7 @@ def _evaluate(experiment: Experiment, module: DiffusionModule, data: VideoDataMo
 def _fit(
     experiment: Experiment, folder: RunFolder, module: DiffusionModule, data: VideoDataModule
 ) -> pl.Trainer:
-    prompts = _prompts(experiment, data)
+    prompts = default_prompts(experiment, data)
 
     def samples(module: DiffusionModule) -> np.ndarray:
         return sample_videos(experiment, module, prompts)
@@ -242,7 +243,7 @@ def _video_shape(experiment: Experiment) -> tuple[int, int, int, int, int]:
     return (1, experiment.model.in_channels, data.num_frames, data.height, data.width)
 
 
-def _prompts(experiment: Experiment, data: VideoDataModule) -> list[str]:
+def default_prompts(experiment: Experiment, data: VideoDataModule) -> list[str]:
     config = experiment.sampling
     if config.prompts or not config.num_prompts:
         return list(config.prompts)
@@ -252,9 +253,15 @@ def _prompts(experiment: Experiment, data: VideoDataModule) -> list[str]:
 
 
 def sample_videos(
-    experiment: Experiment, module: DiffusionModule, prompts: list[str]
+    experiment: Experiment,
+    module: DiffusionModule,
+    prompts: list[str],
+    progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Videos of the prompts, uint8 (prompts, T, H, W, C), in the run's precision."""
+    """Videos of the prompts, uint8 (prompts, T, H, W, C), on the module's device.
+
+    On a GPU in bf16 autocast. `progress` is called with (steps done, steps in all).
+    """
     training = module.training
     module.eval()
     try:
@@ -268,6 +275,7 @@ def sample_videos(
                 experiment.sampling,
                 prompts,
                 _video_shape(experiment)[1:],
+                progress,
             )
     finally:
         module.train(training)
@@ -282,7 +290,7 @@ def _write_samples(
     trainer: pl.Trainer,
 ) -> None:
     """Videos of every model at the same prompts and seeds, and all of them side by side."""
-    prompts = _prompts(experiment, data)
+    prompts = default_prompts(experiment, data)
     if not prompts:
         return
     folder.samples.mkdir(exist_ok=True)
@@ -319,10 +327,11 @@ def _export(
     resolved: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
+    text_encoder = module.text_encoder
     save_model(
         folder.weights,
         module.model,
-        module.text_encoder,
+        text_encoder if isinstance(text_encoder, ByteTextEncoder) else None,
         metadata={"experiment": dict(resolved), "steps": module.max_steps},
         dtype=dtype,
     )

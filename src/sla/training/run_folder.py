@@ -37,6 +37,11 @@ _MAY_CHANGE = (
 )
 
 
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes files."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths of one run.
@@ -92,7 +97,7 @@ def open_run(config: RunConfig, resolved: Mapping[str, Any]) -> RunFolder:
             made with another config.
     """
     path = Path(config.dir) / config.name
-    if config.resume == "never" and rank_zero_only.rank == 0 and path.exists():
+    if config.resume == "never" and is_rank_zero() and path.exists():
         path.rename(_unused(path))
     checkpoint: Path | None = None
     if config.resume not in ("auto", "never"):
@@ -112,7 +117,7 @@ def open_run(config: RunConfig, resolved: Mapping[str, Any]) -> RunFolder:
                 "is renamed and a new one starts"
             )
     folder = RunFolder(path, checkpoint)
-    if rank_zero_only.rank == 0:
+    if is_rank_zero():
         folder.write_json("config.json", resolved)
     return folder
 
