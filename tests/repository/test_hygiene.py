@@ -1,0 +1,46 @@
+"""What must not be in the repository."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGE = {"assets/demo/model.safetensors"}  # the demo weights: 8 MiB at most
+
+
+def tracked() -> list[str]:
+    done = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_large_files() -> None:
+    for name in tracked():
+        limit = 8 * 2**20 if name in LARGE else 2**20
+        assert (ROOT / name).stat().st_size <= limit, name
+
+
+def test_no_caches_logs_or_environments() -> None:
+    for name in tracked():
+        assert not name.endswith((".pyc", ".log", ".ckpt")), name
+        assert not name.startswith((".venv/", "runs/", "data/")), name
+
+
+def test_notebooks_hold_no_outputs() -> None:
+    for name in tracked():
+        if name.endswith(".ipynb"):
+            for cell in json.loads((ROOT / name).read_text())["cells"]:
+                assert not cell.get("outputs"), name
+
+
+def test_every_result_has_its_provenance() -> None:
+    files = [name for name in tracked() if name.startswith("results/") and name.endswith("jsonl")]
+    assert files
+    for name in files:
+        first = json.loads((ROOT / name).read_text().splitlines()[0])["provenance"]
+        assert {"command", "commit", "date", "device", "python", "torch", "seed"} <= set(first)
