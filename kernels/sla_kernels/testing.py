@@ -1,0 +1,85 @@
+"""What tests of every backend share: awkward shapes, inputs, and the rule for tolerances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape that breaks things, with its routing numbers."""
+
+    name: str
+    tokens_q: int
+    tokens_kv: int
+    head_dim: int = 16
+    block_q: int = 16
+    block_kv: int = 8
+    critical: float = 0.1
+    negligible: float = 0.2
+    always_critical: int = 0
+    batch: int = 2
+    heads: int = 2
+
+    def routing(self) -> dict[str, float | int]:
+        """Keyword arguments of `classify_blocks` and `sparse_linear_attention`."""
+        names = ("critical", "negligible", "block_q", "block_kv", "always_critical")
+        return {name: getattr(self, name) for name in names}
+
+
+AWKWARD = (
+    Case("ragged_both", 100, 100, block_q=16, block_kv=24),
+    Case("ragged_by_one", 97, 97),
+    Case("shorter_than_a_block", 10, 10),
+    Case("one_block", 16, 16, block_kv=16),
+    Case("one_token", 1, 1),
+    Case("everything_critical", 96, 96, critical=1.0, negligible=0.0),
+    Case("nothing_marginal", 96, 96, critical=0.25, negligible=0.75),
+    Case("nothing_negligible", 96, 96, negligible=0.0),
+    Case("fewer_queries", 37, 120),
+    Case("fewer_keys", 120, 37),
+    Case("wide_query_blocks", 130, 130, block_q=64, block_kv=8),
+    Case("wide_key_blocks", 130, 130, block_q=8, block_kv=64),
+    Case("head_dim_64", 130, 130, head_dim=64, block_q=32, block_kv=32, heads=1),
+    Case("head_dim_96", 130, 130, head_dim=96, block_q=32, block_kv=32, heads=1),
+    Case("head_dim_128", 130, 130, head_dim=128, block_q=32, block_kv=32, heads=1),
+    Case("text_tokens", 100, 100, always_critical=11),
+    Case("only_text_tokens", 50, 50, always_critical=50),
+)
+
+
+def random_inputs(
+    case: Case, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of a case, as (B, N, H, D) tensors seen through a transpose."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tokens: int) -> Tensor:
+        shape = (case.batch, tokens, case.heads, case.head_dim)
+        return torch.randn(shape, generator=generator).to(dtype).transpose(1, 2)
+
+    return draw(case.tokens_q), draw(case.tokens_kv), draw(case.tokens_kv)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected|| in float64; the plain norm where expected is zero."""
+    difference = (found.double() - expected.double()).norm()
+    norm = expected.double().norm()
+    return (difference / norm if norm > 0 else difference).item()
+
+
+def assert_low_precision_close(found: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """A result in low precision passes when its error is at most twice that of plain PyTorch.
+
+    Args:
+        found: the result under test, in low precision.
+        plain: the reference run in that precision.
+        exact: the reference run in float64.
+    """
+    rounding = torch.finfo(found.dtype).eps
+    limit = 2 * relative_error(plain, exact) + rounding
+    error = relative_error(found, exact)
+    assert error <= limit, f"relative error {error:.2e}, limit {limit:.2e}"
