@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def build_trainer(
     if optim.ema_decay:
         own.insert(0, EMAWeightAveraging(decay=optim.ema_decay, use_buffers=False))
     if config.progress_bar:
-        own.append(TQDMProgressBar())
+        # Into a file the bar writes a line each time: fewer of them.
+        own.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20))
     return pl.Trainer(
         **_hardware(config),
         max_steps=config.max_steps,
