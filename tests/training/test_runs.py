@@ -144,6 +144,7 @@ def test_finetuning_measures_before_and_after(
     run = config.parent / "runs" / "tuned"
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary) >= SUMMARY
+    assert losses(run, "val/loss")[0] == pytest.approx(summary["sla_val_loss_before"])
     assert summary["critical_fraction"] == pytest.approx(1 / 16)
     assert summary["attention_error_before"] > 0.01
     assert summary["attention_flops_ratio"] < 1
@@ -159,11 +160,16 @@ def test_finetuning_measures_before_and_after(
     assert main(arguments) == 0, "a finished run says so and is left as it is"
     assert (run / "model.safetensors").stat().st_mtime_ns == stamp
 
-    assert main([*arguments, "optim.learning_rate=0.5"]) == 1
-    assert "optim.learning_rate: 0.001 -> 0.5" in capsys.readouterr().err
+    shorter = ["trainer.max_steps=2", "optim.learning_rate=0.002"]
+    assert main([*arguments, *shorter]) == 0, "another config: the finished run is kept aside"
+    assert (config.parent / "runs" / "tuned.1" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
 
-    assert main([*arguments, "trainer.max_steps=2", "run.resume=never"]) == 0
-    assert (config.parent / "runs" / "tuned.1" / "model.safetensors").is_file()
+    (run / "summary.json").unlink()
+    assert main([*arguments, "optim.learning_rate=0.5"]) == 1, "unfinished: it may not change"
+    assert "optim.learning_rate: 0.002 -> 0.5" in capsys.readouterr().err
+    assert main([*arguments, *shorter, "run.resume=never"]) == 0
+    assert (config.parent / "runs" / "tuned.2").is_dir()
 
     generate = ["generate", "--config", str(sla), "run.name=tuned", start, "--prompt", "A square"]
     out = config.parent / "video.mp4"

@@ -101,7 +101,12 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     baseline = _baseline(experiment, folder, module, data)
     model.set_attention(experiment.attention)
 
-    trainer = _fit(experiment, folder, module, data)
+    first = {
+        "val/loss": baseline["sla_val_loss_before"],
+        "val/loss_full_attention": baseline["full_val_loss"],
+        "attention/error": baseline["attention_error_before"],
+    }
+    trainer = _fit(experiment, folder, module, data, first)
     after = evaluate(experiment, module, data)
     _export(folder, module, resolved)
 
@@ -184,8 +189,13 @@ def evaluate(experiment: Experiment, module: DiffusionModule, data: VideoDataMod
 
 
 def _fit(
-    experiment: Experiment, folder: RunFolder, module: DiffusionModule, data: VideoDataModule
+    experiment: Experiment,
+    folder: RunFolder,
+    module: DiffusionModule,
+    data: VideoDataModule,
+    first_metrics: Mapping[str, float] | None = None,
 ) -> pl.Trainer:
+    """Train to `max_steps`, from the folder's checkpoint if it has one."""
     prompts = default_prompts(experiment, data)
 
     def samples(module: DiffusionModule) -> np.ndarray:
@@ -197,6 +207,8 @@ def _fit(
     if folder.checkpoint is not None:
         check_checkpoint(folder.checkpoint, module)
         log.info(f"going on from {folder.checkpoint}")
+    elif first_metrics and trainer.logger is not None:
+        trainer.logger.log_metrics(dict(first_metrics), step=0)
     checkpoint = None if folder.checkpoint is None else str(folder.checkpoint)
     # Our own checkpoints hold optimiser and random states, which weights_only refuses.
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=False)

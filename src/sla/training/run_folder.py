@@ -13,6 +13,7 @@ runs/<name>/
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from sla.data.files import write_text
 from sla.training.config import RunConfig
+
+log = logging.getLogger(__name__)
 
 
 class RunError(RuntimeError):
@@ -93,29 +96,29 @@ def open_run(config: RunConfig, resolved: Mapping[str, Any]) -> RunFolder:
         resolved: the whole experiment as plain values, to be kept and compared.
 
     Raises:
-        RunError: the checkpoint named by `run.resume` is missing, or the run in the folder was
-            made with another config.
+        RunError: the checkpoint named by `run.resume` is missing, or the folder holds an unfinished
+            run of another config. (A finished one is renamed.)
     """
     path = Path(config.dir) / config.name
-    if config.resume == "never" and is_rank_zero() and path.exists():
-        path.rename(_unused(path))
+    changed = _changes(path, resolved)
+    finished = (path / "summary.json").is_file()
+    if config.resume == "never" or (config.resume == "auto" and changed and finished):
+        _set_aside(path)
+        changed = []
     checkpoint: Path | None = None
     if config.resume not in ("auto", "never"):
         checkpoint = Path(config.resume)
         if not checkpoint.is_file():
             raise RunError(f"run.resume: no checkpoint {checkpoint}")
-    elif (path / "checkpoints" / "last.ckpt").is_file():
+    elif config.resume == "auto" and (path / "checkpoints" / "last.ckpt").is_file():
         checkpoint = path / "checkpoints" / "last.ckpt"
-    stored = path / "config.json"
-    if stored.is_file() and (checkpoint is not None or (path / "summary.json").is_file()):
-        changed = differences(json.loads(stored.read_text()), resolved)
-        if changed:
-            listing = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, old, new in changed)
-            raise RunError(
-                f"{path} holds a run made with another config:\n{listing}\n"
-                "give this run another name (run.name=...), or set run.resume=never: the old run "
-                "is renamed and a new one starts"
-            )
+    if changed and checkpoint is not None:
+        listing = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, old, new in changed)
+        raise RunError(
+            f"{path} holds an unfinished run of another config:\n{listing}\n"
+            "give this run another name (run.name=...), or set run.resume=never: the old run "
+            "is renamed and a new one starts"
+        )
     folder = RunFolder(path, checkpoint)
     if is_rank_zero():
         folder.write_json("config.json", resolved)
@@ -137,6 +140,18 @@ def differences(
         elif before != after:
             found.append((name, before, after))
     return found
+
+
+def _changes(path: Path, resolved: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    stored = path / "config.json"
+    return differences(json.loads(stored.read_text()), resolved) if stored.is_file() else []
+
+
+def _set_aside(path: Path) -> None:
+    """Rename an older run of this name, so that nothing of it is lost."""
+    if is_rank_zero() and path.exists():
+        kept = path.rename(_unused(path))
+        log.info("the older run %s is kept as %s", path, kept)
 
 
 def _unused(path: Path) -> Path:
