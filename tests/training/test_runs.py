@@ -150,7 +150,7 @@ def test_finetuning_measures_before_and_after(
     assert summary["attention_flops_ratio"] < 1
     assert summary["sla_val_loss_after"] != summary["sla_val_loss_before"]
     names = {path.name for path in (run / "samples").iterdir()}
-    assert {"full-0.mp4", "sla-0.mp4", "side_by_side.mp4"} <= names
+    assert {"pretrained-0.mp4", "sla-0.mp4", "side_by_side.mp4"} <= names
     proj = [t for n, t in load_file(run / "model.safetensors").items() if "proj_l.weight" in n]
     assert len(proj) == 2
     assert all(t.abs().sum() > 0 for t in proj)
@@ -163,11 +163,16 @@ def test_finetuning_measures_before_and_after(
     shorter = ["trainer.max_steps=2", "optim.learning_rate=0.002"]
     assert main([*arguments, *shorter]) == 0, "another config: the finished run is kept aside"
     assert (config.parent / "runs" / "tuned.1" / "model.safetensors").stat().st_mtime_ns == stamp
-    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    finished = json.loads((run / "summary.json").read_text())
+    assert finished["steps"] == 2
 
     (run / "summary.json").unlink()
     assert main([*arguments, "optim.learning_rate=0.5"]) == 1, "unfinished: it may not change"
     assert "optim.learning_rate: 0.002 -> 0.5" in capsys.readouterr().err
+    assert main([*arguments, *shorter]) == 0, "interrupted after training: it goes on"
+    again = json.loads((run / "summary.json").read_text())
+    for name in ("full_val_loss", "sla_val_loss_before", "sla_val_loss_after"):
+        assert again[name] == finished[name]
     assert main([*arguments, *shorter, "run.resume=never"]) == 0
     assert (config.parent / "runs" / "tuned.2").is_dir()
 

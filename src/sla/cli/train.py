@@ -67,7 +67,7 @@ def _print_finetune(summary: dict[str, Any], folder: Path) -> None:
         ("wall time", "", f"{summary['wall_seconds']:.0f} s"),
         ("peak memory", "", f"{summary['peak_bytes'] / 2**30:.2f} GiB"),
         ("curves", "", f"{folder / 'tensorboard'} (make tensorboard)"),
-        ("samples", "", f"{folder / 'samples'} (side_by_side.mp4: full attention and {name})"),
+        ("samples", "", f"{folder / 'samples'} (side_by_side.mp4: before and after)"),
         ("weights", "", str(folder / "model.safetensors")),
         ("summary", "", str(folder / "summary.json")),
     ]

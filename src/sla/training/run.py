@@ -130,7 +130,7 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
         "negligible_fraction": after.negligible,
         "tokens": math.prod(tokens),
     }
-    modules = {"full": full, experiment.attention.name: module}
+    modules = {"pretrained": full, experiment.attention.name: module}
     _write_samples(experiment, folder, modules, data, trainer)
     summary |= _resources(start)
     _write_summary(folder, summary)
