@@ -1,6 +1,7 @@
 """What must not be in the repository."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = {"assets/demo/model.safetensors"}  # the demo weights: 8 MiB at most
+# A folder of one machine at the start of a path; `runs/home/x` and `https://host/home/x` are none.
+MACHINE_PATH = re.compile(r"(?<![\w./:~}-])/(?:home|root|work|tmp|mnt|scratch|Users)/\w[^\s'\"]*")
 
 
 def tracked() -> list[str]:
@@ -29,6 +32,36 @@ def test_no_caches_logs_or_environments() -> None:
     for name in tracked():
         assert not name.endswith((".pyc", ".log", ".ckpt")), name
         assert not name.startswith((".venv/", "runs/", "data/")), name
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    found = []
+    for name in tracked():
+        data = (ROOT / name).read_bytes()
+        if b"\0" not in data:  # text
+            lines = data.decode("utf-8").splitlines()
+            found += [
+                f"{name}:{number}: {match[0]}"
+                for number, line in enumerate(lines, 1)
+                for match in MACHINE_PATH.finditer(line)
+            ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        ("root: '/{}/someone/clips'", True),
+        ("path=/{}/x", True),
+        ("see /{}/a/b.py", True),
+        ("runs/{}/x", False),
+        ("https://host/{}/x", False),
+        ("the folder /{}", False),
+    ],
+)
+@pytest.mark.parametrize("folder", ["home", "root", "work", "tmp", "mnt"])
+def test_a_machine_path_is_recognised(text: str, folder: str, is_found: bool) -> None:
+    assert bool(MACHINE_PATH.search(text.format(folder))) is is_found
 
 
 def test_notebooks_hold_no_outputs() -> None:

@@ -1,5 +1,6 @@
 """README.md says what is true: commands, links, tables."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -12,6 +13,8 @@ from sla.figures.tables import TABLES, TableError, update_readme
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+# `make test` runs these tests; its own variables must not reach the make that they start.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
 COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
 
@@ -29,6 +32,7 @@ def test_commands_reach_a_command_line_that_parses(command: str) -> None:
     done = subprocess.run(
         [*shlex.split(command), "--dry-run", "PY=python"],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
@@ -53,7 +57,9 @@ def test_every_target_named_in_the_text_exists() -> None:
 def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     phony = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())  # type: ignore[index]
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
     assert {line.split()[0] for line in done.stdout.splitlines()} == phony
 
 
@@ -85,6 +91,24 @@ def test_an_unknown_table_is_an_error(tmp_path: Path) -> None:
     page.write_text("<!-- table:nonsense -->\n<!-- /table -->\n")
     with pytest.raises(TableError, match="nonsense"):
         update_readme(page)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- table:finetune -->\nkept\n<!-- table:kernels_cpu -->\n<!-- /table -->\n",
+        "<!-- table:finetune -->\nkept\n",
+        "kept\n<!-- /table -->\n",
+        "<!--table:finetune-->\nkept\n<!-- /table -->\n",
+        "text <!-- table finetune -->\nkept\n<!-- /table -->\n",
+    ],
+)
+def test_a_marker_without_its_other_half_is_an_error(text: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(TableError, match=r"page\.md"):
+        update_readme(page, root=tmp_path)
+    assert page.read_text() == text
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from sla.results import RESULTS, Results, read_newest_per_device
 
-_BLOCK = re.compile(r"(<!-- table:(?P<name>[a-z_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table:(?P<name>\S*) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_MARKER = re.compile(r"<!--\s*(/?)table\b.*?-->")
 
 
 class TableError(ValueError):
@@ -32,9 +33,17 @@ def update_readme(path: Path, *, check: bool = False, root: Path = RESULTS) -> b
         Whether the file differed from what the results give.
 
     Raises:
-        TableError: a marker that names no table.
+        TableError: a marker that names no table, or that lacks its other half.
     """
-    old = path.read_text()
+    old = path.read_text(encoding="utf-8")
+    # Without this a table that is not closed would swallow the text up to the next one's end.
+    kinds = [match[1] for match in _MARKER.finditer(old)]
+    pairs = len(_BLOCK.findall(old))
+    if kinds != ["", "/"] * pairs:
+        raise TableError(
+            f"{path}: each '<!-- table:NAME -->', on a line of its own, must be followed by one "
+            f"'<!-- /table -->'; got {len(kinds)} markers that make {pairs} pairs"
+        )
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
@@ -44,7 +53,7 @@ def update_readme(path: Path, *, check: bool = False, root: Path = RESULTS) -> b
 
     new = _BLOCK.sub(fill, old)
     if new != old and not check:
-        path.write_text(new)
+        path.write_text(new, encoding="utf-8")
     return new != old
 
 
