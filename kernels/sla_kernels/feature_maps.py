@@ -1,48 +1,36 @@
-"""Feature maps phi of the linear branch (paper, Section 4 and Table 2).
-
-A feature map takes (..., D) to (..., F) features that are not negative. Backends apply it in
-float32 (float64 for float64 inputs).
-"""
+"""Feature maps phi of the linear branch: (..., D) -> (..., D_phi), non-negative (Section 4.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 FeatureMap = Callable[[Tensor], Tensor]
 
 _FEATURE_MAPS: dict[str, FeatureMap] = {}
 
 
-def register_feature_map(name: str, feature_map: FeatureMap) -> None:
-    """Make a feature map available by name to every function that takes one.
-
-    Args:
-        name: a new name.
-        feature_map: (..., D) to (..., F), differentiable, without parameters of its own (pass a
-            learnable map, such as `Hedgehog`, as the object itself).
+def register_feature_map(name: str, function: FeatureMap) -> None:
+    """Add a feature map under a name.
 
     Raises:
-        TypeError: `feature_map` cannot be called.
-        ValueError: the name is empty or taken.
+        ValueError: the name is taken.
     """
-    if not callable(feature_map):
-        raise TypeError(f"feature_map is {feature_map!r}; it must be callable")
-    if not name or name in _FEATURE_MAPS:
-        raise ValueError(f"name is {name!r}; it must be new, these are taken: {_names()}")
-    _FEATURE_MAPS[name] = feature_map
+    if name in _FEATURE_MAPS:
+        raise ValueError(f"feature map {name!r} is registered already")
+    _FEATURE_MAPS[name] = function
 
 
-def available_feature_maps() -> tuple[str, ...]:
-    """Registered names, in order of registration."""
-    return tuple(_FEATURE_MAPS)
+def available_feature_maps() -> list[str]:
+    """Names that `feature_map` arguments take, sorted."""
+    return sorted(_FEATURE_MAPS)
 
 
 def get_feature_map(feature_map: str | FeatureMap) -> FeatureMap:
-    """The function behind a name; a callable is returned as it is.
+    """A feature map by name; a callable is returned as it is.
 
     Raises:
         ValueError: unknown name.
@@ -50,48 +38,46 @@ def get_feature_map(feature_map: str | FeatureMap) -> FeatureMap:
     """
     if isinstance(feature_map, str):
         if feature_map not in _FEATURE_MAPS:
+            known = ", ".join(available_feature_maps())
             raise ValueError(
-                f"feature_map is {feature_map!r}; it must be one of {_names()} or a callable"
+                f"feature_map is {feature_map!r}; it must be one of {known}, or a callable"
             )
         return _FEATURE_MAPS[feature_map]
     if not callable(feature_map):
-        raise TypeError(
-            f"feature_map is {feature_map!r}; it must be one of {_names()} or a callable"
-        )
+        raise TypeError(f"feature_map is a {type(feature_map).__name__}; a name or a callable")
     return feature_map
 
 
-class Hedgehog(nn.Module):
-    """Learnable feature map phi(x) = softmax([x W, -x W]) over the 2 D features.
+def softmax(features: Tensor) -> Tensor:
+    """Softmax over the feature axis, the paper's default."""
+    return torch.softmax(features, dim=-1)
 
-    After "The Hedgehog and the Porcupine" (arXiv 2402.04347); one W per layer, shared by heads.
-    W starts as the identity, so that phi starts as a softmax of x and -x.
+
+def elu_plus_one(features: Tensor) -> Tensor:
+    """elu(x) + 1 (Katharopoulos et al., arXiv 2006.16236)."""
+    return F.elu(features) + 1
+
+
+register_feature_map("softmax", softmax)
+register_feature_map("elu+1", elu_plus_one)
+register_feature_map("relu", torch.relu)
+
+
+class Hedgehog(nn.Module):
+    """The learnable map of Hedgehog (Zhang et al., arXiv 2402.04347).
+
+    phi(x) = [softmax(x W), softmax(-x W)] / 2 over features, W shared by the heads of a layer and
+    initialised to the identity, so that the weights of a token sum to one as softmax's do.
 
     Args:
-        head_dim: D.
-
-    Shape:
-        (..., D) to (..., 2 D). The result has the wider dtype of input and W.
+        head_dim: D; the output has 2 D features.
     """
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.head_dim = head_dim
         self.weight = nn.Parameter(torch.eye(head_dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        mapped = x.to(dtype) @ self.weight.to(dtype)
-        return torch.cat([mapped, -mapped], dim=-1).softmax(dim=-1)
-
-    def extra_repr(self) -> str:
-        return f"head_dim={self.head_dim}"
-
-
-def _names() -> str:
-    return ", ".join(repr(name) for name in _FEATURE_MAPS)
-
-
-register_feature_map("softmax", lambda x: torch.softmax(x, dim=-1))
-register_feature_map("elu+1", lambda x: F.elu(x) + 1.0)
-register_feature_map("relu", torch.relu)
+    def forward(self, features: Tensor) -> Tensor:
+        mixed = features @ self.weight.to(features.dtype)
+        both = torch.cat([torch.softmax(mixed, dim=-1), torch.softmax(-mixed, dim=-1)], dim=-1)
+        return both / 2
