@@ -130,6 +130,7 @@ def test_resume_with_other_data_warns(root, caplog):
     data = VideoDataModule(config(root))
     state = data.state_dict()
     with caplog.at_level(logging.WARNING, logger="sla"):  # a command line may have set it lower
+        caplog.clear()
         VideoDataModule(config(root)).load_state_dict(state)
         assert not caplog.records
         VideoDataModule(config(root, seed=6)).load_state_dict(state)

@@ -205,7 +205,12 @@ def _fit(
     callbacks = [SampleVideos(samples, sampling.every, sampling.fps)]
     trainer = build_trainer(experiment, folder.path, callbacks)
     if folder.checkpoint is not None:
-        check_checkpoint(folder.checkpoint, module)
+        stored = check_checkpoint(folder.checkpoint, module)
+        if stored["global_step"] >= experiment.trainer.max_steps:
+            # Trained already, interrupted later: `fit` would leave out its end, where the averaged
+            # weights (which `state_dict` holds) take their place.
+            module.load_state_dict(stored["state_dict"])
+            return trainer
         log.info(f"going on from {folder.checkpoint}")
     elif first_metrics and trainer.logger is not None:
         trainer.logger.log_metrics(dict(first_metrics), step=0)
@@ -220,14 +225,16 @@ def _fit(
     return trainer
 
 
-def check_checkpoint(path: Path, module: DiffusionModule) -> None:
-    """A checkpoint must be of this network.
+def check_checkpoint(path: Path, module: DiffusionModule) -> dict[str, Any]:
+    """Read a checkpoint, which must be of this network.
 
     Raises:
         RunError: unreadable, or its parameters differ in name or shape; lists them.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        checkpoint: dict[str, Any] = torch.load(
+            path, map_location="cpu", weights_only=False, mmap=True
+        )
         stored = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
     except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
         raise RunError(f"{path} is not a readable checkpoint: {error}") from error
@@ -240,6 +247,7 @@ def check_checkpoint(path: Path, module: DiffusionModule) -> None:
         )
         more = f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else ""
         raise RunError(f"{path} is of another architecture:\n{listing}{more}")
+    return checkpoint
 
 
 def _finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | None:
