@@ -27,7 +27,7 @@ resume = $(if $(RESUME),run.resume=$(RESUME))
 record = $(if $(RECORD),--record)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data pretrain finetune generate eval bench tables tensorboard test test-fast lint format typecheck clean
+.PHONY: help setup data pretrain finetune generate eval bench tables figures tensorboard test test-fast test-gpu lint format typecheck clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,11 +56,14 @@ generate: $(ENVIRONMENT) ## write a video: PROMPT="..." CKPT= CONFIG= OUT= ARGS=
 eval: $(ENVIRONMENT) ## measure a model: validation loss and video metrics: CKPT= CONFIG= ARGS=
 	$(PY) -m sla eval --config $(config) $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-bench: $(ENVIRONMENT) ## time the operator against exact attention: ARGS=
+bench: $(ENVIRONMENT) ## time the operator against exact attention: ARGS="--suite wan-1.3b --record"
 	$(PY) -m sla.benchmark kernels $(ARGS)
 
 tables: $(ENVIRONMENT) ## write the tables of README.md from results/
 	$(PY) -m sla tables
+
+figures: $(ENVIRONMENT) ## draw the paper's figures from results/: OUT=
+	$(PY) -m sla figures $(if $(OUT),--out $(OUT)) $(ARGS)
 
 tensorboard: $(ENVIRONMENT) ## serve the curves of runs/
 	$(PY) -m tensorboard.main --logdir runs $(ARGS)
@@ -70,6 +73,10 @@ test: $(ENVIRONMENT) ## run all tests
 
 test-fast: $(ENVIRONMENT) ## run the tests that take seconds
 	$(PY) -m pytest tests -m "not slow" $(ARGS)
+
+test-gpu: export SLA_TEST_GPU := 1
+test-gpu: $(ENVIRONMENT) ## test the operator on a GPU at real shapes
+	$(PY) -m pytest tests/operator $(ARGS)
 
 lint: $(ENVIRONMENT) ## check format, lint and types
 	$(PY) -m ruff check .

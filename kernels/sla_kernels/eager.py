@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sla_kernels.block_map import MARGINAL, BlockMap
+from sla_kernels.block_map import MARGINAL, BlockMap, past_length
 from sla_kernels.feature_maps import FeatureMap
 
 # Numbers in the largest temporary of a chunk. On a CPU a chunk should stay near the caches, on a
@@ -29,7 +29,10 @@ _CHUNK_GPU = 2**26
 def sparse_branch(
     query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
 ) -> Tensor:
-    """O^s, as `reference.sparse_branch`."""
+    """O^s, as `reference.sparse_branch`; padding keys and values may hold anything, NaN too."""
+    if block_map.key_lengths is not None:
+        padding = _padding(block_map.key_lengths, key)
+        key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
     output: Tensor = _SparseBranch.apply(query, key, value, block_map, scale)
     return output
 
@@ -41,11 +44,18 @@ def linear_branch(
     block_map: BlockMap | None,
     feature_map: FeatureMap,
 ) -> Tensor:
-    """O^l, as `reference.linear_branch`, in the accumulation dtype."""
+    """O^l, as `reference.linear_branch`, in the accumulation dtype; padding as `sparse_branch`."""
     accurate = _accumulation_dtype(query)
+    padding = None
+    if block_map is not None and block_map.key_lengths is not None:
+        padding = _padding(block_map.key_lengths, key)
+        # Before phi: the gradient of phi at NaN is NaN, whatever it is multiplied with.
+        key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
     phi_query = feature_map(query.to(accurate))
     phi_key = feature_map(key.to(accurate))
     value = value.to(accurate)
+    if padding is not None:
+        phi_key = phi_key.masked_fill(padding, 0.0)
     if block_map is None:
         sums = phi_key.transpose(-1, -2) @ value
         normaliser = phi_key.sum(dim=2).unsqueeze(-1)
@@ -214,8 +224,9 @@ def _chunks(block_map: BlockMap, head_dim: int) -> Iterator[_Chunk]:
     (A few rows of joint text-video attention hold every block: they must not lengthen the rest.)
     """
     counts = block_map.critical_counts.flatten()
+    lengths = block_map.key_lengths
     table = block_map.critical_blocks.flatten(0, 2)
-    t_m, t_n = block_map.labels.shape[2:]
+    heads, t_m, t_n = block_map.labels.shape[1:]
     rows = torch.arange(len(counts), device=counts.device)
     first_key_block = torch.div(rows, t_m, rounding_mode="floor") * t_n
     shortest, longest = (int(n) for n in torch.aminmax(counts)) if len(counts) else (0, 0)
@@ -236,9 +247,13 @@ def _chunks(block_map: BlockMap, head_dim: int) -> Iterator[_Chunk]:
         if shortest != longest:
             used = torch.arange(length, device=counts.device) < counts[chunk_rows, None]
             mask = used[..., None].expand(-1, -1, block_kv)
-        if ragged:
+        if ragged or lengths is not None:
             tokens = torch.arange(block_kv, device=counts.device)
-            real = (blocks[..., None] < t_n - 1) | (tokens < ragged)
+            if lengths is None:
+                real = (blocks[..., None] < t_n - 1) | (tokens < ragged)
+            else:
+                sample = torch.div(chunk_rows, heads * t_m, rounding_mode="floor")
+                real = blocks[..., None] * block_kv + tokens < lengths[sample][:, None, None]
             mask = real if mask is None else mask & real
         if mask is not None:
             mask = mask.reshape(len(chunk_rows), 1, length * block_kv)
@@ -276,6 +291,11 @@ def _unblocks(blocks: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.
     batch, heads, tokens, width = shape
     whole = blocks.reshape(batch, heads, -1, width)
     return whole[:, :, :tokens].to(dtype)
+
+
+def _padding(key_lengths: Tensor, key: Tensor) -> Tensor:
+    """bool (B, 1, N_kv, 1): True for keys past the length of their sample."""
+    return past_length(key_lengths, key.shape[2])[:, None, :, None]
 
 
 def _safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:

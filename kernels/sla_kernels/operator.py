@@ -1,7 +1,8 @@
 """The public functions: argument checks, and the choice of a backend.
 
-A backend is a pair of functions for the two branches and a statement of what it supports; a new one
-(`register_backend`) needs no change here.
+A backend is a pair of functions for the two branches and a statement of what it supports, with a
+routing or a fusion of the whole where it has one; a new one (`register_backend`) needs no change
+here.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sla_kernels import eager, reference
-from sla_kernels.block_map import BlockMap, route
+from sla_kernels.block_map import MARGINAL, BlockMap, num_blocks, route
 from sla_kernels.feature_maps import FeatureMap, get_feature_map
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,20 +29,33 @@ LinearBranch = Callable[[Tensor, Tensor, Tensor, BlockMap | None, FeatureMap], T
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of the two branches.
+    """An implementation of the two branches, and of more where it has it.
 
     Attributes:
         sparse_branch: (query, key, value, block_map, scale) -> O^s.
         linear_branch: (query, key, value, block_map or None, feature_map) -> O^l, possibly in a
             wider dtype than the inputs.
-        unsupported_reason: (query) -> why it cannot work on such tensors, or None.
+        unsupported_reason: (query, block_q, block_kv) -> why it cannot work on such tensors in
+            blocks of that many tokens, or None.
         priority: `auto` takes the supported backend of the highest priority; below zero, never.
+        auto_devices: types of the devices on which `auto` takes it; None for all.
+        fused: (query, key, value, proj_weight, proj_bias, feature_map, scale, *, block_map or
+            routing) -> output: the whole operator, with a given routing or with the arguments of
+            `block_map.route` (without scale); None if it does not fuse this one. Without it the
+            branches are added.
+        route: as `block_map.route`, with the same blocks; None: that one.
+
+    All of them honour `block_map.key_lengths`: padding keys and values add nothing to the output
+    and get zero gradients.
     """
 
     sparse_branch: SparseBranch
     linear_branch: LinearBranch
-    unsupported_reason: Callable[[Tensor], str | None]
+    unsupported_reason: Callable[[Tensor, int, int], str | None]
     priority: int
+    auto_devices: tuple[str, ...] | None = None
+    fused: Callable[..., Tensor | None] | None = None
+    route: Callable[..., BlockMap] | None = None
 
 
 class Branches(NamedTuple):
@@ -56,6 +71,14 @@ class Branches(NamedTuple):
 
 
 _BACKENDS: dict[str, Backend] = {}
+
+# Of the linear branch over all keys, where the caller names no blocks and the result has none.
+_BLOCK = 64
+
+_BOTH = (
+    "key_lengths is given beside block_map, whose own key_lengths count; give key_lengths to "
+    "whatever makes the block_map, or leave out block_map"
+)
 
 
 def register_backend(name: str, backend: Backend) -> None:
@@ -74,7 +97,7 @@ def available_backends() -> list[str]:
     return sorted(_BACKENDS)
 
 
-def _anything(query: Tensor) -> str | None:
+def _anything(query: Tensor, block_q: int, block_kv: int) -> str | None:
     return None
 
 
@@ -82,6 +105,22 @@ register_backend("eager", Backend(eager.sparse_branch, eager.linear_branch, _any
 register_backend(
     "reference", Backend(reference.sparse_branch, reference.linear_branch, _anything, -1)
 )
+# On other systems than Linux there is no Triton.
+if find_spec("triton") is not None:
+    from sla_kernels.triton import backend as _triton
+
+    register_backend(
+        "triton",
+        Backend(
+            _triton.sparse_branch,
+            _triton.linear_branch,
+            _triton.unsupported_reason,
+            priority=1,
+            auto_devices=("cuda",),
+            fused=_triton.fused,
+            route=_triton.route,
+        ),
+    )
 
 
 def sparse_linear_attention(
@@ -100,6 +139,7 @@ def sparse_linear_attention(
     always_critical: int = 0,
     backend: str = "auto",
     block_map: BlockMap | None = None,
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """Sparse-Linear Attention: O = O^s + Proj(O^l) (arXiv 2509.24006, equation 6).
 
@@ -124,7 +164,12 @@ def sparse_linear_attention(
             query blocks hold every key block as critical.
         backend: `auto`, or a name of `available_backends()`.
         block_map: a routing to use instead of `critical`, `negligible`, `block_q`, `block_kv` and
-            `always_critical`, which are then ignored.
+            `always_critical`, which are then ignored. Its own `key_lengths` count.
+        key_lengths: (B,) int32 or int64, device of `query`: the first keys of each sample that
+            count, 0 to N_kv; the rest is padding and may hold anything. A sample is routed and
+            computed as it would be alone with its valid keys; without any, only the bias is left.
+            Queries are computed whatever the lengths. The range is checked on the CPU only: on
+            another device that would wait for it. None: all N_kv. Not with `block_map`.
 
     Returns:
         (B, H, N_q, D), dtype of `query`.
@@ -135,26 +180,40 @@ def sparse_linear_attention(
     """
     query, key, value = _inputs(query, key, value)
     _check_projection(query, proj_weight, proj_bias)
+    phi = get_feature_map(feature_map)
+    factor = _scale(query, scale)
+    routing: dict[str, Any] | None = None
     if block_map is None:
-        block_map = classify_blocks(
-            query,
-            key,
-            critical=critical,
-            negligible=negligible,
-            block_q=block_q,
-            block_kv=block_kv,
-            scale=scale,
-            always_critical=always_critical,
-        )
-    branches = attention_branches(
-        query, key, value, block_map, feature_map=feature_map, scale=scale, backend=backend
-    )
+        _check_routing(critical, negligible, block_q, block_kv, always_critical)
+        routing = {
+            "critical": critical,
+            "negligible": negligible,
+            "block_q": block_q,
+            "block_kv": block_kv,
+            "always_critical": always_critical,
+            "key_lengths": _key_lengths(query, key, key_lengths),
+        }
+    elif key_lengths is not None:
+        raise ValueError(_BOTH)
+    else:
+        _check_block_map(query, key, block_map)
+        block_q, block_kv = block_map.block_q, block_map.block_kv
+    chosen = _backend(backend, query, block_q, block_kv)
     with torch.autocast(query.device.type, enabled=False):
-        linear = branches.linear
+        if chosen.fused is not None:
+            tensors = (query, key, value, proj_weight, proj_bias)
+            output = chosen.fused(*tensors, phi, factor, block_map=block_map, routing=routing)
+            if output is not None:
+                return output
+        if block_map is None:
+            assert routing is not None
+            block_map = (chosen.route or route)(query, key, scale=factor, **routing)
+        sparse = chosen.sparse_branch(query, key, value, block_map, factor)
+        linear = chosen.linear_branch(query, key, value, block_map, phi)
         if proj_weight is not None:
             bias = None if proj_bias is None else proj_bias.to(linear.dtype)
             linear = F.linear(linear, proj_weight.to(linear.dtype), bias)
-        return (branches.sparse + linear).to(query.dtype)
+        return (sparse + linear).to(query.dtype)
 
 
 def attention_branches(
@@ -174,7 +233,7 @@ def attention_branches(
     query, key, value = _inputs(query, key, value)
     _check_block_map(query, key, block_map)
     phi = get_feature_map(feature_map)
-    chosen = _backend(backend, query)
+    chosen = _backend(backend, query, block_map.block_q, block_map.block_kv)
     with torch.autocast(query.device.type, enabled=False):
         sparse = chosen.sparse_branch(query, key, value, block_map, _scale(query, scale))
         return Branches(sparse, chosen.linear_branch(query, key, value, block_map, phi))
@@ -199,7 +258,7 @@ def sparse_attention(
     """
     query, key, value = _inputs(query, key, value)
     _check_block_map(query, key, block_map)
-    chosen = _backend(backend, query)
+    chosen = _backend(backend, query, block_map.block_q, block_map.block_kv)
     with torch.autocast(query.device.type, enabled=False):
         return chosen.sparse_branch(query, key, value, block_map, _scale(query, scale))
 
@@ -212,19 +271,28 @@ def linear_attention(
     *,
     feature_map: str | FeatureMap = "softmax",
     backend: str = "auto",
+    key_lengths: Tensor | None = None,
 ) -> Tensor:
     """The linear branch alone: phi(Q) H / (phi(Q) Z) (equation 5).
 
     Args:
         block_map: whose marginal blocks are summed over; None for all keys.
+        key_lengths: keys of each sample that count, if there is no `block_map`.
 
     Other arguments, result and errors as `sparse_linear_attention`.
     """
     query, key, value = _inputs(query, key, value)
     if block_map is not None:
+        if key_lengths is not None:
+            raise ValueError(_BOTH)
         _check_block_map(query, key, block_map)
+    elif key_lengths is not None:
+        block_map = _all_marginal(query, key, _key_lengths(query, key, key_lengths))
     phi = get_feature_map(feature_map)
-    chosen = _backend(backend, query)
+    block_q, block_kv = (
+        (_BLOCK, _BLOCK) if block_map is None else (block_map.block_q, block_map.block_kv)
+    )
+    chosen = _backend(backend, query, block_q, block_kv)
     with torch.autocast(query.device.type, enabled=False):
         return chosen.linear_branch(query, key, value, block_map, phi).to(query.dtype)
 
@@ -239,6 +307,8 @@ def classify_blocks(
     block_kv: int = 64,
     scale: float | None = None,
     always_critical: int = 0,
+    key_lengths: Tensor | None = None,
+    backend: str = "auto",
 ) -> BlockMap:
     """Route: the class of every pair of blocks, from pooled queries and keys (equations 2 and 3).
 
@@ -247,27 +317,36 @@ def classify_blocks(
     """
     query, key, _ = _inputs(query, key, key)
     _check_routing(critical, negligible, block_q, block_kv, always_critical)
+    factor = _scale(query, scale)
+    key_lengths = _key_lengths(query, key, key_lengths)
+    chosen = _backend(backend, query, block_q, block_kv)
     with torch.autocast(query.device.type, enabled=False):
-        return route(
+        return (chosen.route or route)(
             query,
             key,
             critical=critical,
             negligible=negligible,
             block_q=block_q,
             block_kv=block_kv,
-            scale=_scale(query, scale),
+            scale=factor,
             always_critical=always_critical,
+            key_lengths=key_lengths,
         )
 
 
-def _backend(name: str, query: Tensor) -> Backend:
+def _backend(name: str, query: Tensor, block_q: int, block_kv: int) -> Backend:
     if name == "auto":
-        usable = [b for b in _BACKENDS.values() if b.unsupported_reason(query) is None]
+        usable = [
+            backend
+            for backend in _BACKENDS.values()
+            if backend.auto_devices is None or query.device.type in backend.auto_devices
+            if backend.unsupported_reason(query, block_q, block_kv) is None
+        ]
         return max(usable, key=lambda backend: backend.priority)
     if name not in _BACKENDS:
         known = ", ".join(["auto", *available_backends()])
         raise ValueError(f"backend is {name!r}; it must be one of {known}")
-    reason = _BACKENDS[name].unsupported_reason(query)
+    reason = _BACKENDS[name].unsupported_reason(query, block_q, block_kv)
     if reason is not None:
         raise ValueError(f"backend is {name!r}, which cannot be used here: {reason}")
     return _BACKENDS[name]
@@ -338,6 +417,44 @@ def _check_block_map(query: Tensor, key: Tensor, block_map: BlockMap) -> None:
         )
     if block_map.labels.device != query.device:
         raise ValueError(f"block_map is on {block_map.labels.device}, query on {query.device}")
+    if block_map.key_lengths is not None:
+        _check_range(block_map.key_lengths, key.shape[2])
+
+
+def _key_lengths(query: Tensor, key: Tensor, key_lengths: Tensor | None) -> Tensor | None:
+    """Checked lengths, int32; on a GPU, where their range is not looked at, clamped to it."""
+    if key_lengths is None:
+        return None
+    if not isinstance(key_lengths, Tensor):
+        raise TypeError(f"key_lengths is a {type(key_lengths).__name__}; it must be a tensor")
+    if key_lengths.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"key_lengths is {key_lengths.dtype}; it must be int32 or int64")
+    if tuple(key_lengths.shape) != (query.shape[0],):
+        raise ValueError(
+            f"key_lengths has shape {tuple(key_lengths.shape)}; it must be ({query.shape[0]},), "
+            "one length a sample"
+        )
+    if key_lengths.device != query.device:
+        raise ValueError(f"key_lengths is on {key_lengths.device}, query on {query.device}")
+    _check_range(key_lengths, key.shape[2])
+    return key_lengths.to(torch.int32).clamp(0, key.shape[2])
+
+
+def _check_range(key_lengths: Tensor, tokens_kv: int) -> None:
+    # Looking would wait for the device, or break a compiled graph.
+    if key_lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = key_lengths.tolist()
+    if not all(0 <= length <= tokens_kv for length in values):
+        raise ValueError(f"key_lengths is {values}; each must be in [0, {tokens_kv}]")
+
+
+def _all_marginal(query: Tensor, key: Tensor, key_lengths: Tensor | None) -> BlockMap:
+    """The map of linear attention over all valid keys."""
+    tokens_q, tokens_kv = query.shape[2], key.shape[2]
+    shape = (*query.shape[:2], num_blocks(tokens_q, _BLOCK), num_blocks(tokens_kv, _BLOCK))
+    labels = torch.full(shape, MARGINAL, dtype=torch.int8, device=query.device)
+    return BlockMap(labels, _BLOCK, _BLOCK, tokens_q, tokens_kv, key_lengths)
 
 
 def _check_projection(query: Tensor, proj_weight: Tensor | None, proj_bias: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,17 @@ class Case:
     always_critical: int = 0
     batch: int = 2
     heads: int = 2
+    key_lengths: tuple[int, ...] | None = None
 
-    def routing(self) -> dict[str, float | int]:
+    def routing(self, device: str | torch.device = "cpu") -> dict[str, Any]:
         """Keyword arguments of `classify_blocks` and `sparse_linear_attention`."""
         names = ("critical", "negligible", "block_q", "block_kv", "always_critical")
-        return {name: getattr(self, name) for name in names}
+        arguments: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.key_lengths is not None:
+            arguments["key_lengths"] = torch.tensor(
+                self.key_lengths, dtype=torch.int32, device=device
+            )
+        return arguments
 
 
 AWKWARD = (
@@ -48,6 +55,9 @@ AWKWARD = (
     Case("head_dim_128", 130, 130, head_dim=128, block_q=32, block_kv=32, heads=1),
     Case("text_tokens", 100, 100, always_critical=11),
     Case("only_text_tokens", 50, 50, always_critical=50),
+    Case("padded", 100, 100, critical=0.25, key_lengths=(61, 100)),
+    Case("padded_to_a_block_and_to_nothing", 90, 96, block_kv=16, key_lengths=(64, 0)),
+    Case("padded_text_tokens", 75, 97, critical=0.2, always_critical=21, key_lengths=(1, 50)),
 )
 
 

@@ -1,7 +1,9 @@
 """Measured numbers with their provenance: `results/<benchmark>/<device>-<date>-<commit>.jsonl`.
 
 The first line of a file is {"provenance": {...}}, each further line one measurement. The newest
-file of a benchmark (and device) is the current one. Tables and figures read nothing else.
+file of a benchmark (and device) is the current one; where a benchmark has several parts, in files
+`...-<commit>-<part>.jsonl`, the newest row of each measurement is. Tables and figures read nothing
+else.
 """
 
 from __future__ import annotations
@@ -86,15 +88,63 @@ def write_results(
     Returns:
         The file. A later run of the same day, device and commit replaces it.
     """
-    from sla.data.files import write_text
-
     head = provenance(seed, command)
-    device = re.sub(r"[^a-z0-9]+", "-", head["device"].lower()).strip("-")
-    date = head["date"][:10].replace("-", "")
-    path = root / benchmark / f"{device}-{date}-{head['commit'][:8]}.jsonl"
+    path = root / benchmark / f"{_stem(head)}.jsonl"
     lines = [{"provenance": head}, *rows]
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    # Whole or not there. (sla.data.files does the same, but needs what decodes videos.)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
+
+
+class ResultsFile:
+    """A results file that grows a row at a time, so that a run that is killed keeps its rows.
+
+    Args:
+        benchmark: folder under `root`.
+        label: part of the benchmark; goes into the file's name.
+        seed, command: see `provenance`.
+
+    Attributes:
+        path: the file; made by the first row. Never one that was there before.
+    """
+
+    def __init__(
+        self,
+        benchmark: str,
+        *,
+        root: Path = RESULTS,
+        seed: int | None = None,
+        label: str = "",
+        command: Sequence[str] | None = None,
+    ) -> None:
+        self._head = provenance(seed, command)
+        stem = _stem(self._head) + (f"-{label}" if label else "")
+        self.path = root / benchmark / f"{stem}.jsonl"
+        number = 1
+        while self.path.exists():
+            number += 1
+            self.path = root / benchmark / f"{stem}-{number}.jsonl"
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one measurement."""
+        lines = [row] if self.path.exists() else [{"provenance": self._head}, row]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row and the file that it is from."""
+
+    row: dict[str, Any]
+    source: Results
 
 
 def read_results(path: Path) -> Results:
@@ -122,6 +172,30 @@ def read_newest_per_device(benchmark: str, root: Path = RESULTS) -> list[Results
     for results in read_all(benchmark, root):
         newest.setdefault(results.provenance["device"], results)
     return list(newest.values())
+
+
+def read_newest_rows(
+    benchmark: str, identity: Sequence[str], root: Path = RESULTS
+) -> dict[str, list[Measurement]]:
+    """Of each device, the newest row of every measurement over all its files.
+
+    Args:
+        identity: fields whose values tell one measurement from another.
+
+    Returns:
+        Device to rows; the device with the newest file first.
+    """
+    found: dict[str, dict[tuple[Any, ...], Measurement]] = {}
+    for results in read_all(benchmark, root):
+        rows = found.setdefault(results.provenance["device"], {})
+        for row in reversed(results.rows):
+            rows.setdefault(tuple(row.get(name) for name in identity), Measurement(row, results))
+    return {device: list(rows.values()) for device, rows in found.items()}
+
+
+def _stem(head: Mapping[str, Any]) -> str:
+    device = re.sub(r"[^a-z0-9]+", "-", head["device"].lower()).strip("-")
+    return f"{device}-{head['date'][:10].replace('-', '')}-{head['commit'][:8]}"
 
 
 def _own_command() -> list[str]:

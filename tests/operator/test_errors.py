@@ -9,6 +9,7 @@ from sla_kernels import (
     BlockMap,
     classify_blocks,
     get_feature_map,
+    linear_attention,
     register_backend,
     register_feature_map,
     sparse_attention,
@@ -19,6 +20,10 @@ from torch import Tensor
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape or (1, 2, 32, 8), dtype=dtype)
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.tensor(values)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,12 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ({"proj_weight": tensor(8, 4)}, ValueError, r"proj_weight has shape \(8, 4\)"),
         ({"proj_bias": tensor(8)}, ValueError, "proj_bias is given without proj_weight"),
         ({"block_map": "map"}, TypeError, "block_map is a str"),
+        ({"key_lengths": [32]}, TypeError, "key_lengths is a list; it must be a tensor"),
+        ({"key_lengths": tensor(1)}, TypeError, "key_lengths is torch.float32; it must be int32"),
+        ({"key_lengths": lengths(3, 4)}, ValueError, r"key_lengths has shape \(2,\); .* \(1,\)"),
+        ({"key_lengths": lengths(33)}, ValueError, r"key_lengths is \[33\]; .* in \[0, 32\]"),
+        ({"key_lengths": lengths(-1)}, ValueError, r"key_lengths is \[-1\]"),
+        ({"key_lengths": lengths(3).to("meta")}, ValueError, "key_lengths is on meta, query on"),
     ],
 )
 def test_mistakes_are_named(changes: dict, error: type, message: str) -> None:
@@ -69,6 +80,32 @@ def test_labels_of_the_wrong_shape_or_type_are_refused() -> None:
         BlockMap(torch.zeros(1, 1, 2, 4, dtype=torch.int64), 8, 8, 16, 32)
 
 
+@pytest.mark.parametrize("function", [sparse_linear_attention, linear_attention])
+def test_lengths_beside_a_block_map_are_refused(function: Callable[..., Tensor]) -> None:
+    block_map = classify_blocks(tensor(), tensor(), block_q=8, block_kv=8)
+    with pytest.raises(ValueError, match="key_lengths is given beside block_map"):
+        function(tensor(), tensor(), tensor(), block_map=block_map, key_lengths=lengths(32))
+
+
+def test_a_block_map_of_bad_lengths_or_tables_is_refused() -> None:
+    labels = torch.zeros(1, 1, 2, 4, dtype=torch.int8)
+    shape = (8, 8, 16, 32)
+    with pytest.raises(TypeError, match=r"key_lengths is torch\.int64; it must be torch\.int32"):
+        BlockMap(labels, *shape, lengths(3))
+    with pytest.raises(ValueError, match=r"key_lengths has shape \(2,\); it must be \(1,\)"):
+        BlockMap(labels, *shape, lengths(3, 4).int())
+    with pytest.raises(ValueError, match="key_lengths is on meta, labels on cpu"):
+        BlockMap(labels, *shape, lengths(3).int().to("meta"))
+    wide, counts = torch.zeros(1, 1, 2, 5).int(), torch.zeros(1, 1, 2).int()
+    with pytest.raises(ValueError, match=r"row_table\[0\] has shape \(1, 1, 2, 5\)"):
+        BlockMap(labels, *shape, row_table=(wide, counts))
+    with pytest.raises(TypeError, match=r"row_table\[1\] is torch\.int64"):
+        BlockMap(labels, *shape, row_table=(wide[..., :4], counts.long()))
+    query, key = tensor(1, 1, 16, 8), tensor(1, 1, 32, 8)
+    with pytest.raises(ValueError, match=r"key_lengths is \[33\]"):
+        sparse_attention(query, key, key, BlockMap(labels, *shape, lengths(33).int()))
+
+
 @pytest.mark.parametrize(
     "register",
     [
@@ -85,16 +122,48 @@ def test_taken_names_are_refused(register: Callable[[], None]) -> None:
 def test_a_backend_that_cannot_work_says_why() -> None:
     from sla_kernels import operator
 
-    def never(query: Tensor) -> str:
-        return "it is only a test"
+    def never(query: Tensor, block_q: int, block_kv: int) -> str:
+        return f"it is only a test of {block_q} by {block_kv}"
 
     register_backend("test_never", Backend(None, None, never, 99))  # type: ignore[arg-type]
     try:
-        with pytest.raises(ValueError, match="it is only a test"):
-            sparse_linear_attention(tensor(), tensor(), tensor(), backend="test_never")
+        with pytest.raises(ValueError, match="it is only a test of 64 by 16"):
+            sparse_linear_attention(tensor(), tensor(), tensor(), block_kv=16, backend="test_never")
         sparse_linear_attention(tensor(), tensor(), tensor(), backend="auto")
     finally:
         del operator._BACKENDS["test_never"]
+
+
+def test_a_backend_may_route_and_fuse() -> None:
+    from sla_kernels import block_map, eager, operator
+
+    seen: list[object] = []
+
+    def route(*inputs: Tensor, **options: object) -> BlockMap:
+        seen.append(options["block_q"])
+        return block_map.route(*inputs, **options)  # type: ignore[arg-type]
+
+    def fused(query: Tensor, *rest: object) -> Tensor:
+        seen.extend(rest[2:])
+        return query + 1
+
+    register_backend(
+        "test_fused",
+        Backend(
+            eager.sparse_branch, eager.linear_branch, lambda *_: None, -2, fused=fused, route=route
+        ),
+    )
+    try:
+        found = sparse_linear_attention(
+            tensor(), tensor(), tensor(), block_q=8, scale=0.5, backend="test_fused"
+        )
+    finally:
+        del operator._BACKENDS["test_fused"]
+    assert (found == 1).all()
+    block_q, weight, bias, mapped, phi, scale = seen
+    assert (block_q, weight, bias, scale) == (8, None, None, 0.5)
+    assert isinstance(mapped, BlockMap)
+    assert callable(phi)
 
 
 def test_callables_are_feature_maps() -> None:

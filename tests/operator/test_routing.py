@@ -14,14 +14,20 @@ from torch import Tensor
 def plain_labels(query: Tensor, key: Tensor, case: Case) -> np.ndarray:
     """Loops over Section 4.1, in float64."""
     batch, heads, tokens_q, dim = query.shape
-    tokens_kv = key.shape[2]
-    t_m, t_n = math.ceil(tokens_q / case.block_q), math.ceil(tokens_kv / case.block_kv)
-    labels = np.zeros((batch, heads, t_m, t_n), dtype=int)
+    t_m, all_blocks = (
+        math.ceil(tokens_q / case.block_q),
+        math.ceil(key.shape[2] / case.block_kv),
+    )
+    labels = np.full((batch, heads, t_m, all_blocks), -1)
     forced_q = math.ceil(min(case.always_critical, tokens_q) / case.block_q)
-    forced_k = math.ceil(min(case.always_critical, tokens_kv) / case.block_kv)
     for b in range(batch):
+        tokens_kv = key.shape[2] if case.key_lengths is None else case.key_lengths[b]
+        if tokens_kv == 0:
+            continue
+        t_n = math.ceil(tokens_kv / case.block_kv)
+        forced_k = math.ceil(min(case.always_critical, tokens_kv) / case.block_kv)
         for h in range(heads):
-            q, k = query[b, h].double().numpy(), key[b, h].double().numpy()
+            q, k = query[b, h].double().numpy(), key[b, h, :tokens_kv].double().numpy()
             rows = [q[i * case.block_q : (i + 1) * case.block_q].mean(0) for i in range(t_m)]
             columns = [k[j * case.block_kv : (j + 1) * case.block_kv].mean(0) for j in range(t_n)]
             for i in range(t_m):
@@ -33,10 +39,11 @@ def plain_labels(query: Tensor, key: Tensor, case: Case) -> np.ndarray:
                 order = [*range(forced_k), *free]
                 chosen = min(t_n, forced_k + max(1, math.floor(case.critical * t_n + 1e-6)))
                 skipped = min(math.floor(case.negligible * t_n + 1e-6), t_n - chosen)
+                labels[b, h, i, :t_n] = 0
                 labels[b, h, i, order[:chosen]] = 1
                 labels[b, h, i, order[t_n - skipped :]] = -1
                 if i < forced_q:
-                    labels[b, h, i] = 1
+                    labels[b, h, i, :t_n] = 1
     return labels
 
 
@@ -95,6 +102,24 @@ def test_tables_list_the_critical_blocks() -> None:
     shares = block_map.fractions()
     assert shares == {"critical": 2 / 6, "marginal": 2 / 6, "negligible": 2 / 6}
     assert block_map.token_labels().shape == (1, 1, 8, 12)
+
+
+def test_a_given_row_table_is_used_and_its_labels_trusted() -> None:
+    labels = torch.tensor([[[[1, 0, 1], [-1, -1, 0]]]], dtype=torch.int8)
+    table = torch.tensor([[[[0, 2], [0, 0]]]], dtype=torch.int32)
+    counts = torch.tensor([[[2, 0]]], dtype=torch.int32)
+    lengths = torch.tensor([4], dtype=torch.int32)
+    block_map = BlockMap(labels, 4, 4, 8, 12, lengths, (table, counts))
+    assert block_map.critical_blocks is table
+    assert block_map.critical_counts is counts
+    assert block_map.labels is labels
+
+
+def test_tables_are_int32() -> None:
+    query, key, _ = random_inputs(AWKWARD[0])
+    block_map = classify_blocks(query, key, **AWKWARD[0].routing())
+    for name in ("critical_blocks", "critical_counts", "column_blocks", "column_counts"):
+        assert getattr(block_map, name).dtype == torch.int32
 
 
 def test_routing_has_no_gradient() -> None:

@@ -7,9 +7,11 @@ import pytest
 
 from sla.results import (
     ResultsError,
+    ResultsFile,
     provenance,
     read_all,
     read_newest_per_device,
+    read_newest_rows,
     read_results,
     write_results,
 )
@@ -50,3 +52,36 @@ def test_commit_can_be_told_outside_a_checkout(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_COMMIT", "abc123")
     assert provenance()["commit"] == "abc123"
+
+
+def test_a_file_grows_and_never_replaces_another(tmp_path: Path) -> None:
+    first = ResultsFile("speed", root=tmp_path, seed=1, label="suite-a", command=["bench"])
+    assert not first.path.exists()
+    for ms in (1.0, 2.0):
+        first.append({"ms": ms})
+        assert read_results(first.path).rows[-1] == {"ms": ms}
+    assert first.path.stem.endswith("-suite-a")
+    assert read_results(first.path).provenance["command"] == "bench"
+    second = ResultsFile("speed", root=tmp_path, label="suite-a")
+    second.append({"ms": 3.0})
+    assert second.path.stem == f"{first.path.stem}-2"
+    assert len(read_results(first.path).rows) == 2
+
+
+def test_newest_rows_come_from_all_files_of_a_device(tmp_path: Path) -> None:
+    folder = tmp_path / "speed"
+    folder.mkdir()
+    for name, device, date, rows in (
+        ("a", "x", "2026-01-02", [("p", 1), ("q", 2)]),
+        ("b", "x", "2026-01-03", [("p", 3), ("p", 4)]),
+        ("c", "y", "2026-01-01", [("p", 5)]),
+    ):
+        head = {"provenance": {"device": device, "date": date}}
+        lines = [head, *({"method": method, "ms": ms} for method, ms in rows)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    found = read_newest_rows("speed", ["method", "absent"], tmp_path)
+    assert list(found) == ["x", "y"]
+    assert {(m.row["method"], m.row["ms"], m.source.path.stem) for m in found["x"]} == {
+        ("p", 4, "b"),
+        ("q", 2, "a"),
+    }

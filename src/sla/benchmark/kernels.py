@@ -1,203 +1,407 @@
-"""The operator against exact attention: time by length.
+"""The operator against exact attention: time, memory, and FLOPs over time.
 
 The whole operator is timed: routing, feature maps, both branches, Proj and the add. Before a time
-is taken, the operator is compared with the dense reference on the first queries of the same inputs.
+is taken, a method is compared with the dense reference: its output on the first queries of the same
+inputs, its gradients on a short sequence. Rows are written as they are measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from sla_kernels import BlockMap, attention_branches, classify_blocks, sparse_linear_attention
-from sla_kernels.testing import relative_error
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from sla.results import write_results
+from sla.benchmark import timing
+from sla.benchmark.checks import (
+    TOLERANCE,
+    WrongResultError,
+    check_backward,
+    check_forward,
+    check_routing,
+)
+from sla.benchmark.methods import (
+    EXACT_METHODS,
+    METHODS,
+    Inputs,
+    Method,
+    make_inputs,
+    make_tensors,
+)
+from sla.benchmark.suites import EVERYTHING, SUITES, Point, Shape, grouped, plan
+from sla.figures.paper import GPU_BLOCKS, NEGLIGIBLE, SPARSITY
+from sla.results import RESULTS, ResultsFile
 
 SEED = 0
-# Largest relative error against the reference at which a time is printed.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-CHECKED_QUERY_BLOCKS = 4
-HEAD = f"{'tokens':>8} {'direction':>17} {'method':>6} {'ms':>9} {'p20':>9} {'p80':>9} {'ratio':>7}"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Tensors of one shape, and the operator's numbers."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    weight: Tensor
-    bias: Tensor
-    numbers: dict[str, Any]
-
-
-def sdpa(inputs: Inputs) -> Tensor:
-    """Exact attention by PyTorch's own choice of kernel."""
-    return scaled_dot_product_attention(inputs.query, inputs.key, inputs.value)
-
-
-def sla(inputs: Inputs) -> Tensor:
-    """The whole operator."""
-    return sparse_linear_attention(
-        inputs.query, inputs.key, inputs.value, inputs.weight, inputs.bias, **inputs.numbers
-    )
-
-
-METHODS: dict[str, Callable[[Inputs], Tensor]] = {"sdpa": sdpa, "sla": sla}
+# Operations over those of a forward, as the paper counts them.
+FLOPS = {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}
+CPU_DEFAULTS: dict[str, Any] = {
+    "heads": 4,
+    "head_dim": 64,
+    "block_q": 64,
+    "block_kv": 64,
+    "directions": ["forward", "forward_backward"],
+}
+GPU_DEFAULTS: dict[str, Any] = {
+    "heads": 12,
+    "head_dim": 128,
+    "block_q": GPU_BLOCKS[0],
+    "block_kv": GPU_BLOCKS[1],
+    "directions": list(FLOPS),
+}
+DEFAULTS: dict[str, Any] = {
+    "tokens": [2048, 4096, 8192],
+    "batch": 1,
+    "sparsity": SPARSITY,
+    "negligible": NEGLIGIBLE,
+}
+ACCURACY = ("relative_error", "gradient_error", "routing_mismatch")
+OF_A_POINT = ("batch", "heads", "head_dim", "sparsity", "negligible", "block_q", "block_kv")
+HEAD = (
+    f"{'tokens':>8} {'blocks':>9} {'direction':>17} {'method':>17} "
+    f"{'ms':>9} {'p20':>9} {'p80':>9}  times faster than"
+)
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
-    """Options of this benchmark."""
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--sparsity", type=float, default=0.95, help="1 - critical fraction")
-    parser.add_argument("--negligible", type=float, default=0.10)
-    parser.add_argument("--block-q", type=int, default=64)
-    parser.add_argument("--block-kv", type=int, default=64)
+    """Options of this benchmark. What is not given comes from the suite, else from the device."""
+    parser.add_argument("--suite", choices=[*SUITES, "all"], help="a named list of shapes")
+    parser.add_argument("--tokens", type=int, nargs="+", help="default: 2048 4096 8192")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--heads", type=int, help="default: 4; on a GPU 12")
+    parser.add_argument("--head-dim", type=int, help="default: 64; on a GPU 128")
+    parser.add_argument("--sparsity", type=float, help="1 - critical fraction; default: 0.95")
+    parser.add_argument("--negligible", type=float, help="default: 0.10")
+    parser.add_argument("--block-q", type=int, help="default: 64; on a GPU 128")
+    parser.add_argument("--block-kv", type=int, help="default: 64; on a GPU 128")
+    parser.add_argument("--map", nargs="+", choices=["uniform", "skewed"], default=["uniform"])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS])
+    parser.add_argument("--directions", nargs="+", choices=[*FLOPS])
     parser.add_argument("--dtype", choices=[str(d).split(".")[1] for d in TOLERANCE])
     parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--repeats", type=int, default=11, help="on a CPU")
+    parser.add_argument(
+        "--budget-ms", type=float, default=200.0, help="on a GPU: milliseconds of repeats"
+    )
+    parser.add_argument("--max-seconds", type=float, help="start no measurement after this long")
     parser.add_argument("--record", action="store_true", help="keep the rows under results/")
+    parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and keep if asked."""
-    rows: list[dict[str, Any]] = []
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = _with_defaults(options, device)
+    file = None
+    if options.record or options.out:
+        skewed = "skewed" if "skewed" in options.map else None
+        label = "-".join(part for part in (options.suite, skewed) if part)
+        file = ResultsFile("kernels", root=options.out or RESULTS, seed=SEED, label=label)
+    session = _Session(options, device, file)
     print(HEAD)
-    for tokens in options.tokens:
-        inputs = make_inputs(options, tokens)
-        error = check(inputs)
-        limit = TOLERANCE[inputs.query.dtype]
-        if not error <= limit:
-            print(f"{tokens} tokens: wrong result, error {error:.1e} > {limit}", file=sys.stderr)
-            return 1
-        for direction in ("forward", "forward_backward"):
-            exact = 0.0
-            for name, method in METHODS.items():
-                times = measure(method, inputs, direction, options.repeats)
-                row = describe(options, inputs, tokens) | {
-                    "method": name,
-                    "direction": direction,
-                    "ms_median": statistics.median(times),
-                    "ms_p20": statistics.quantiles(times, n=5)[0],
-                    "ms_p80": statistics.quantiles(times, n=5)[-1],
-                    "relative_error": error if name == "sla" else None,
-                }
-                rows.append(row)
-                exact = exact or row["ms_median"]
-                print(line(row, exact), flush=True)
-    if options.record:
-        print(f"recorded in {write_results('kernels', rows, seed=SEED)}")
-    return 0
+    try:
+        for point, methods in points_of(options, device).items():
+            session.measure_point(point, methods)
+    finally:
+        if file is not None and file.path.exists():
+            print(f"recorded in {file.path}")
+        if session.left_out:
+            print(f"left out after {options.max_seconds} s:", file=sys.stderr)
+            print("\n".join(f"  {what}" for what in session.left_out), file=sys.stderr)
+    return session.status
 
 
-def line(row: dict[str, Any], exact: float) -> str:
-    """A row as it is printed, with the ratio of exact attention's time to its own."""
-    times = " ".join(f"{row[key]:9.2f}" for key in ("ms_median", "ms_p20", "ms_p80"))
-    what = f"{row['tokens']:>8} {row['direction']:>17} {row['method']:>6}"
-    return f"{what} {times} {exact / row['ms_median']:6.1f}x"
+def _with_defaults(options: argparse.Namespace, device: torch.device) -> argparse.Namespace:
+    """The options with those filled in that do not depend on a suite."""
+    filled = argparse.Namespace(**vars(options))
+    defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
+    if options.suite is None:
+        for name, value in (DEFAULTS | defaults).items():
+            if getattr(options, name) is None:
+                setattr(filled, name, value)
+    filled.directions = options.directions or defaults["directions"]
+    filled.dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return filled
 
 
-def make_inputs(options: argparse.Namespace, tokens: int) -> Inputs:
-    """Normal random tensors as models hold them: (B, N, H, D) seen through a transpose."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    default = "float32" if torch.device(device).type == "cpu" else "bfloat16"
-    dtype = getattr(torch, options.dtype or default)
-    generator = torch.Generator().manual_seed(SEED)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    def tensor() -> Tensor:
-        shape = (options.batch, tokens, options.heads, options.head_dim)
-        return draw(*shape).transpose(1, 2).requires_grad_()
-
-    head_dim = options.head_dim
-    numbers = {
-        "critical": round(1 - options.sparsity, 9),
-        "negligible": options.negligible,
-        "block_q": options.block_q,
-        "block_kv": options.block_kv,
-    }
-    weight = (draw(head_dim, head_dim) / head_dim**0.5).requires_grad_()
-    return Inputs(tensor(), tensor(), tensor(), weight, draw(head_dim).requires_grad_(), numbers)
+def points_of(options: argparse.Namespace, device: torch.device) -> dict[Point, tuple[str, ...]]:
+    """Points to measure, each with its methods; options given by hand override a suite's."""
+    if options.suite:
+        base = plan(options.suite)
+    else:
+        base = {Point(1, 1, 1, 1): EVERYTHING}
+    given = {n: getattr(options, n) for n in OF_A_POINT if getattr(options, n) is not None}
+    found: dict[Point, tuple[str, ...]] = {}
+    for point, of_suite in base.items():
+        for tokens in options.tokens or [point.tokens]:
+            for kind in options.map:
+                changed = replace(point, tokens=tokens, map=kind, **given)
+                methods = tuple(options.methods or of_suite)
+                if device.type != "cuda" and not options.methods:
+                    methods = ("sdpa", "sla" if kind == "uniform" else "sla_given_map")
+                wanted = (*found.get(changed, ()), *methods)
+                # Exact ones come first: the others' ratios need them.
+                order = [n for n in METHODS if n in wanted and METHODS[n].takes(kind)]
+                found[changed] = tuple(order)
+    return grouped(found)
 
 
-@torch.no_grad()
-def check(inputs: Inputs) -> float:
-    """Relative error of the operator on the first query blocks, all keys, in float32 or better."""
-    block_map = classify_blocks(inputs.query, inputs.key, **inputs.numbers)
-    rows = min(inputs.query.shape[2], CHECKED_QUERY_BLOCKS * block_map.block_q)
-    blocks = -(-rows // block_map.block_q)
-    part = BlockMap(
-        block_map.labels[:, :, :blocks],
-        block_map.block_q,
-        block_map.block_kv,
-        rows,
-        block_map.tokens_kv,
-    )
-    query, key, value = (t.float() for t in (inputs.query[:, :, :rows], inputs.key, inputs.value))
-    branches = attention_branches(query, key, value, part, backend="reference")
-    projected = branches.linear @ inputs.weight.float().T + inputs.bias.float()
-    return relative_error(sla(inputs)[:, :, :rows], branches.sparse + projected)
+@dataclass
+class _Session:
+    """State of a run: what was measured, how it ended."""
+
+    options: argparse.Namespace
+    device: torch.device
+    file: ResultsFile | None
+    status: int = 0
+    left_out: list[str] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+    # Times of exact methods, by shape; None where there is none.
+    exact: dict[tuple[Shape, str, str], float | None] = field(default_factory=dict)
+    gradients: dict[Any, float | str] = field(default_factory=dict)
+    tensors: tuple[Shape, tuple[Tensor, ...]] | None = None
+
+    def measure_point(self, point: Point, names: tuple[str, ...]) -> None:
+        """All methods at one point."""
+        wanted = [
+            n for n in names if (point.shape, n, self.options.directions[0]) not in self.exact
+        ]
+        if not wanted or self._is_late(point, wanted):
+            return
+        inputs, failure = self._inputs(point)
+        for name in wanted:
+            if not self._is_late(point, [name]):
+                self._measure_method(point, name, inputs, failure)
+
+    def _inputs(self, point: Point) -> tuple[Inputs | None, str | None]:
+        try:
+            if self.tensors is None or self.tensors[0] != point.shape:
+                self.tensors = None  # frees the last shape's first
+                dtype = getattr(torch, self.options.dtype)
+                self.tensors = point.shape, make_tensors(point, self.device, dtype, SEED)
+            return make_inputs(point, self.tensors[1], SEED), None
+        except Exception as error:
+            if not isinstance(error, torch.OutOfMemoryError):
+                self.status = 1
+            return None, self._failure(error)
+
+    def _measure_method(
+        self, point: Point, name: str, inputs: Inputs | None, failure: str | None
+    ) -> None:
+        method = METHODS[name]
+        errors: dict[str, str | None] = dict.fromkeys(self.options.directions, failure)
+        accuracy: dict[str, float | None] = dict.fromkeys(ACCURACY)
+        call: Callable[[], Tensor] | None = None
+        if inputs is not None:
+            call = self._prepare(point, name, inputs, errors, accuracy)
+        for direction in self.options.directions:
+            row = self._describe(point, name, direction, inputs) | accuracy
+            row["error"] = errors[direction]
+            if inputs is not None and call is not None and row["error"] is None:
+                if self._is_late(point, [name], direction):
+                    continue
+                try:
+                    row |= self._time(call, method, inputs, direction)
+                except Exception as error:
+                    row["error"] = self._failure(error, method)
+            if method.kind == "exact" and inputs is not None:
+                self.exact[point.shape, name, direction] = row["ms_median"]
+            baselines = {n: self.exact.get((point.shape, n, direction)) for n in EXACT_METHODS}
+            row |= derive(row, baselines)
+            if self.file is not None:
+                self.file.append(row)
+            print(line(row), flush=True)
+
+    def _prepare(
+        self,
+        point: Point,
+        name: str,
+        inputs: Inputs,
+        errors: dict[str, str | None],
+        accuracy: dict[str, float | None],
+    ) -> Callable[[], Tensor] | None:
+        """The function to time, checked; fills in errors by direction, and the accuracy found."""
+        method = METHODS[name]
+        reason = method.unavailable_reason(inputs)
+        if reason is not None:
+            errors.update(dict.fromkeys(errors, f"unavailable: {reason}"))
+            return None
+        if method.kind != "exact" and set(errors) != {"forward"}:
+            found = self._check_gradients(point, name, inputs)
+            if isinstance(found, str):
+                errors.update({d: found for d in errors if d != "forward"})
+            else:
+                accuracy["gradient_error"] = found
+        try:
+            call = method.prepare(inputs)
+            if method.routes:
+                accuracy["routing_mismatch"] = check_routing(inputs)
+            if method.kind != "exact":
+                accuracy["relative_error"] = check_forward(call, method.kind, inputs)
+        except Exception as error:
+            errors.update(dict.fromkeys(errors, self._failure(error, method)))
+            return None
+        return call
+
+    def _check_gradients(self, point: Point, name: str, inputs: Inputs) -> float | str:
+        """The error of a method's gradients, or why it fails; once a run for these blocks."""
+        key = (name, point.block_q, point.block_kv, point.head_dim, point.map)
+        if key not in self.gradients:
+            try:
+                self.gradients[key] = check_backward(METHODS[name], point, inputs.query, SEED)
+            except Exception as error:
+                self.gradients[key] = self._failure(error, METHODS[name])
+        return self.gradients[key]
+
+    def _time(
+        self, call: Callable[[], Tensor], method: Method, inputs: Inputs, direction: str
+    ) -> dict[str, Any]:
+        step = make_step(call, inputs, direction)
+        if self.device.type != "cuda":
+            return quantiles(timing.cpu_times(step, self.options.repeats))
+        row: dict[str, Any] = quantiles(timing.gpu_times(step, self.options.budget_ms))
+        if direction != "backward":
+            row["peak_extra_bytes"] = timing.gpu_peak_bytes(step)
+        if method.is_ours and direction != "forward_backward":
+            try:
+                row["stages"] = timing.gpu_stages(step)
+            except Exception as error:  # a machine may forbid profiling; the times stand
+                print(f"no stages: {error}", file=sys.stderr)
+        return row
+
+    def _describe(
+        self, point: Point, name: str, direction: str, inputs: Inputs | None
+    ) -> dict[str, Any]:
+        """The fields of a row that say what was measured; None where one has no meaning."""
+        method = METHODS[name]
+        is_exact = method.kind == "exact"
+        fractions = None if is_exact or inputs is None else inputs.block_map.fractions()
+        numbers = {
+            "sparsity": point.sparsity,
+            "critical": point.critical,
+            "negligible": point.negligible,
+            "block_q": point.block_q,
+            "block_kv": point.block_kv,
+            "feature_map": "softmax" if method.kind == "whole" else None,
+            "map": point.map,
+        }
+        return {
+            "batch": point.batch,
+            "heads": point.heads,
+            "tokens": point.tokens,
+            "head_dim": point.head_dim,
+            "dtype": self.options.dtype,
+            **(dict.fromkeys(numbers) if is_exact else numbers),
+            "critical_measured": fractions and fractions["critical"],
+            "device": self.device.type,
+            "suite": self.options.suite,
+            "method": name,
+            "direction": direction,
+            "ms_median": None,
+            "ms_p20": None,
+            "ms_p80": None,
+            "peak_extra_bytes": None,
+            "stages": None,
+            "error": None,
+        }
+
+    def _is_late(self, point: Point, names: list[str], direction: str | None = None) -> bool:
+        limit = self.options.max_seconds
+        if limit is None or time.monotonic() - self.start < limit:
+            return False
+        blocks = f"{point.block_q}x{point.block_kv}"
+        what = f"{point.heads} x {point.tokens} tokens, {point.sparsity:.0%}, {blocks}, {point.map}"
+        self.left_out.append(f"{what}: {', '.join(names)} {direction or ''}".rstrip())
+        return True
+
+    def _failure(self, error: Exception, method: Method | None = None) -> str:
+        """What a row says of an exception; decides the exit status; gives memory back."""
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if isinstance(error, WrongResultError):
+            text, self.status = str(error), 1
+        elif isinstance(error, torch.OutOfMemoryError):
+            text = "out of memory"
+        elif method is not None and method.is_ours:
+            self.status = 1
+        error.__traceback__ = None  # its frames hold tensors
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return text
 
 
-def measure(
-    method: Callable[[Inputs], Tensor], inputs: Inputs, direction: str, repeats: int
-) -> list[float]:
-    """Milliseconds of each repeat, after two that warm up."""
-    leaves = [inputs.query, inputs.key, inputs.value, inputs.weight, inputs.bias]
-    grad = torch.randn(inputs.query.shape).to(inputs.query)
+def make_step(call: Callable[[], Tensor], inputs: Inputs, direction: str) -> timing.Step:
+    """The function to time: forward without a graph, gradients alone, or both."""
+    leaves = inputs.leaves
+    grad = torch.randn_like(inputs.query)  # its layout too: (B, N, H, D) seen through a transpose
 
-    def forward() -> None:
+    def forward() -> object:
         with torch.no_grad():
-            method(inputs)
+            return call()
 
-    def forward_backward() -> None:
-        torch.autograd.grad(method(inputs), leaves, grad, allow_unused=True)
+    def forward_backward() -> object:
+        return torch.autograd.grad(call(), leaves, grad, allow_unused=True)
 
-    step = forward if direction == "forward" else forward_backward
-    times = []
-    for repeat in range(repeats + 2):
-        synchronize(inputs.query)
-        start = time.perf_counter()
-        step()
-        synchronize(inputs.query)
-        if repeat >= 2:
-            times.append((time.perf_counter() - start) * 1e3)
-    return times
+    if direction == "forward":
+        return forward
+    if direction == "forward_backward":
+        return forward_backward
+    output = call()
 
+    def backward() -> object:
+        return torch.autograd.grad(output, leaves, grad, retain_graph=True, allow_unused=True)
 
-def synchronize(tensor: Tensor) -> None:
-    """Wait for the GPU, if the tensor is on one."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
+    return backward
 
 
-def describe(options: argparse.Namespace, inputs: Inputs, tokens: int) -> dict[str, Any]:
-    """The fields of a row that say what was measured."""
+def quantiles(times: list[float]) -> dict[str, Any]:
+    """Median, 20th and 80th percentile."""
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return {"ms_median": statistics.median(times), "ms_p20": fifths[0], "ms_p80": fifths[-1]}
+
+
+def derive(row: Mapping[str, Any], baselines: Mapping[str, float | None]) -> dict[str, Any]:
+    """Fields computed from a row and the times of the exact methods, same shape and direction.
+
+    tflops_full: operations of full attention, 4 B H N^2 D in a forward, over this method's time
+    (the paper's Figure 6a). tflops_computed: those of the critical blocks alone over the time.
+    floor_ratio: time over the critical fraction of cuDNN's time. ratio_*: that method's time over
+    this one's. All None where there is no time.
+    """
+    ms = row["ms_median"]
+    density = row["critical_measured"] if row["critical_measured"] is not None else 1.0
+    size = row["batch"] * row["heads"] * row["tokens"] ** 2 * row["head_dim"]
+    full = 4 * size * FLOPS[row["direction"]]
+    cudnn = baselines.get("cudnn")
+    is_sparse = row["critical_measured"] is not None
     return {
-        "batch": options.batch,
-        "heads": options.heads,
-        "tokens": tokens,
-        "head_dim": options.head_dim,
-        "dtype": str(inputs.query.dtype).removeprefix("torch."),
-        "sparsity": options.sparsity,
-        **inputs.numbers,
-        "feature_map": "softmax",
-        "map": "uniform",
-        "peak_extra_bytes": None,
+        "tflops_full": full / ms / 1e9 if ms else None,
+        "tflops_computed": density * full / ms / 1e9 if ms else None,
+        "floor_ratio": ms / (density * cudnn) if ms and cudnn and is_sparse else None,
+        **{f"ratio_{name}": time / ms if ms and time else None for name, time in baselines.items()},
     }
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row as it is printed; our methods' kernels follow, each with its share."""
+    blocks = f"{row['block_q']}x{row['block_kv']}" if row["block_q"] else ""
+    what = f"{row['tokens']:>8} {blocks:>9} {row['direction']:>17} {row['method']:>17}"
+    if row["ms_median"] is None:
+        return f"{what} {row['error']}"
+    times = " ".join(f"{row[key]:9.3f}" for key in ("ms_median", "ms_p20", "ms_p80"))
+    found = {name: row[f"ratio_{name}"] for name in EXACT_METHODS if name != row["method"]}
+    ratios = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in found.items() if ratio)
+    lines = [f"{what} {times}  {ratios}".rstrip()]
+    stages: Mapping[str, float] = row["stages"] or {}
+    total = sum(stages.values())
+    lines += [f"{ms:58.3f} ms {ms / total:6.1%}  {name}" for name, ms in stages.items() if ms]
+    return "\n".join(lines)

@@ -93,6 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     tables.add_argument("--check", action="store_true", help="fail if they are out of date")
     tables.set_defaults(run=_tables)
 
+    figures = commands.add_parser("figures", help="draw the paper's figures from results/")
+    figures.add_argument("--out", type=Path, default=Path("figures"), help="folder to write")
+    figures.add_argument("--results", type=Path, default=Path("results"), help="folder to read")
+    figures.set_defaults(run=_figures)
+
     return parser
 
 
@@ -147,3 +152,9 @@ def _tables(options: argparse.Namespace) -> int:
         print(f"{options.readme} differs from results/: run `make tables`", file=sys.stderr)
         return 1
     return 0
+
+
+def _figures(options: argparse.Namespace) -> None:
+    from sla.figures.figure6a import draw
+
+    print("\n".join(str(path) for path in draw(options.out, options.results)))

@@ -10,8 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from sla.results import RESULTS, Results, read_newest_per_device
+from sla.figures.paper import GPU_BLOCKS, NEGLIGIBLE, SPARSITY, WAN_1_3B, WAN_14B_720P
+from sla.results import (
+    RESULTS,
+    Measurement,
+    Results,
+    read_all,
+    read_newest_per_device,
+    read_newest_rows,
+)
+
+Row = dict[str, Any]
 
 _BLOCK = re.compile(r"(<!-- table:(?P<name>\S*) -->\n).*?(<!-- /table -->)", re.DOTALL)
 _MARKER = re.compile(r"<!--\s*(/?)table\b.*?-->")
@@ -80,25 +91,198 @@ def finetune(root: Path = RESULTS) -> str:
 
 def kernels_cpu(root: Path = RESULTS) -> str:
     """The operator against exact attention on the CPU."""
-    found = [c for c in read_newest_per_device("kernels", root) if c.provenance["cuda"] is None]
-    if not found:
+    for found in read_all("kernels", root):
+        if found.provenance["cuda"] is not None:
+            continue
+        rows = [r for r in found.rows if not r.get("suite") and r.get("map") != "skewed"]
+        times = {(r["method"], r["direction"], r["tokens"]): r["ms_median"] for r in rows}
+        wanted = [(m, d) for m in ("sdpa", "sla") for d in ("forward", "forward_backward")]
+        lengths = sorted({r["tokens"] for r in rows})
+        lengths = [n for n in lengths if all(times.get((*what, n)) for what in wanted)]
+        if lengths:
+            break
+    else:
         return "(no record yet: `make bench ARGS=--record`)"
-    rows = found[0].rows
-    times = {(r["method"], r["direction"], r["tokens"]): r["ms_median"] for r in rows}
     head = ["tokens"]
     for what in ("forward", "forward + backward"):
         head += [f"{what}: SDPA, ms", "SLA, ms", "ratio"]
     body = []
-    for tokens in sorted({r["tokens"] for r in rows}):
+    for tokens in lengths:
         line = [f"{tokens:,}"]
         for direction in ("forward", "forward_backward"):
             exact, sla = (times[method, direction, tokens] for method in ("sdpa", "sla"))
             line += [f"{exact:.1f}", f"{sla:.1f}", f"{exact / sla:.1f}x"]
         body.append(line)
-    return f"{_markdown(head, body)}\n\n{_origin(found[:1])}"
+    return f"{_markdown(head, body)}\n\n{_origin([found])}"
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"finetune": finetune, "kernels_cpu": kernels_cpu}
+def kernels_gpu(root: Path = RESULTS) -> str:
+    """All methods at the paper's shapes, 95 % sparsity."""
+    rows = gpu_rows(root)
+    head = ["heads x tokens", "method", "blocks"]
+    head += [f"{what}, ms" for what in ("forward", "backward", "forward + backward")]
+    head += [f"{what}: x FA2 / x cuDNN" for what in ("forward", "backward")]
+    head += [f"extra memory {what}, MiB" for what in ("forward", "forward + backward")]
+    body, used = [], []
+    for shape in (WAN_1_3B, WAN_14B_720P):
+        at_shape = [m for m in rows if is_at(m.row, shape) and is_standard(m.row)]
+        names = [name for name in METHOD_NAMES if any(m.row["method"] == name for m in at_shape)]
+        for name in names:
+            of_method = [m for m in at_shape if m.row["method"] == name]
+            blocks = {(m.row["block_q"], m.row["block_kv"]) for m in of_method}
+            for pair in sorted(blocks, key=str):
+                chosen = [m for m in of_method if (m.row["block_q"], m.row["block_kv"]) == pair]
+                by = {m.row["direction"]: m.row for m in chosen}
+                used += chosen
+                body.append(
+                    [
+                        f"{shape[1]} x {shape[2]:,}",
+                        METHOD_NAMES[name],
+                        f"{pair[0]}x{pair[1]}" if pair[0] else "",
+                        *(_ms(by.get(direction)) for direction in DIRECTIONS),
+                        *(_ratios(by.get(d)) for d in ("forward", "backward")),
+                        *(_mib(by.get(d)) for d in ("forward", "forward_backward")),
+                    ]
+                )
+    return _gpu_table(head, body, used, "wan-1.3b")
+
+
+def kernels_lengths(root: Path = RESULTS) -> str:
+    """The operator and exact attention by length, default blocks, 12 heads of 128."""
+    batch, heads, _, head_dim = WAN_1_3B
+    found = [
+        m
+        for m in gpu_rows(root)
+        if is_at(m.row, (batch, heads, m.row["tokens"], head_dim)) and _is_default(m.row)
+    ]
+    return _swept(found, "tokens", lambda row: f"{row['tokens']:,}", "lengths", "break-even")
+
+
+def kernels_sparsity(root: Path = RESULTS) -> str:
+    """The operator by sparsity at the Wan2.1-1.3B shape, default blocks."""
+    found = [
+        m
+        for m in gpu_rows(root)
+        if is_at(m.row, WAN_1_3B) and _is_default(m.row, sparsity=m.row["sparsity"])
+    ]
+    return _swept(found, "sparsity", lambda row: f"{row['sparsity']:.0%}", "sparsities")
+
+
+def kernels_stages(root: Path = RESULTS) -> str:
+    """Where the operator's time goes at the Wan2.1-1.3B shape: GPU kernels, default blocks."""
+    head, body, used = ["kernel", "direction", "ms", "share"], [], []
+    for direction in ("forward", "backward"):
+        for m in gpu_rows(root):
+            row = m.row
+            if (row["method"], row["direction"]) != ("sla", direction) or not row.get("stages"):
+                continue
+            if is_at(row, WAN_1_3B) and _is_default(row):
+                total = sum(row["stages"].values())
+                used.append(m)
+                body += [
+                    [f"`{name}`", direction, f"{ms:.3f}", f"{ms / total:.0%}"]
+                    for name, ms in row["stages"].items()
+                ]
+    return _gpu_table(head, body, used, "wan-1.3b")
+
+
+DIRECTIONS = ("forward", "backward", "forward_backward")
+METHOD_NAMES = {
+    "sdpa": "SDPA",
+    "flash_attention_2": "FlashAttention-2",
+    "cudnn": "cuDNN attention",
+    "flex_block_sparse": "FlexAttention, sparse branch only",
+    "sparse_only": "ours, sparse branch only",
+    "sla_given_map": "SLA, routing not timed",
+    "sla": "SLA, whole operator",
+}
+# What tells one kernel measurement from another.
+KERNEL_IDENTITY = (
+    *("method", "direction", "device", "batch", "heads", "tokens", "head_dim", "dtype"),
+    *("sparsity", "negligible", "block_q", "block_kv", "feature_map", "map"),
+)
+
+
+def gpu_rows(root: Path = RESULTS) -> list[Measurement]:
+    """Newest bfloat16 rows of the GPU that was measured last."""
+    for rows in read_newest_rows("kernels", KERNEL_IDENTITY, root).values():
+        found = [m for m in rows if m.row.get("device") == "cuda" and m.row["dtype"] == "bfloat16"]
+        if found:
+            return found
+    return []
+
+
+def is_at(row: Row, shape: tuple[int, int, int, int]) -> bool:
+    """Whether a row was measured at (batch, heads, tokens, head_dim)."""
+    return (row["batch"], row["heads"], row["tokens"], row["head_dim"]) == shape
+
+
+def is_standard(row: Row, sparsity: float = SPARSITY) -> bool:
+    """Whether it is an exact method's row, or one at the paper's fractions on the uniform map."""
+    given = (row["sparsity"], row["negligible"], row["map"])
+    return given in ((None, None, None), (sparsity, NEGLIGIBLE, "uniform"))
+
+
+def _is_default(row: Row, sparsity: float = SPARSITY) -> bool:
+    blocks = (row["block_q"], row["block_kv"])
+    return is_standard(row, sparsity) and blocks in ((None, None), GPU_BLOCKS)
+
+
+def _swept(rows: list[Measurement], head: str, label: Callable[[Row], str], *suites: str) -> str:
+    """A line a value of one field: SLA's times and how many times exact attention takes."""
+    heads = [head]
+    for direction in ("forward", "backward"):
+        heads += [f"{direction}: SLA, ms", "x FA2", "x cuDNN"]
+    ours = [m for m in rows if m.row["method"] == "sla" and m.row["direction"] != DIRECTIONS[2]]
+    lines: dict[float, dict[str, Row]] = {}
+    for m in ours:
+        lines.setdefault(m.row[head], {})[m.row["direction"]] = m.row
+    body = []
+    for _, by in sorted(lines.items()):
+        line = [label(next(iter(by.values())))]
+        for direction in ("forward", "backward"):
+            row = by.get(direction)
+            line += [_ms(row), *_ratios(row).split(" / ")]
+        body.append(line)
+    return _gpu_table(heads, body, ours, *suites)
+
+
+def _ms(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["ms_median"] is None:
+        return "out of memory" if row["error"] == "out of memory" else "failed"
+    return f"{row['ms_median']:.2f}"
+
+
+def _ratios(row: Row | None) -> str:
+    found = [(row or {}).get(f"ratio_{name}") for name in ("flash_attention_2", "cudnn")]
+    return " / ".join("-" if ratio is None else f"{ratio:.1f}" for ratio in found)
+
+
+def _mib(row: Row | None) -> str:
+    peak = (row or {}).get("peak_extra_bytes")
+    return "" if peak is None else f"{peak / 2**20:,.0f}"
+
+
+def _gpu_table(
+    head: list[str], body: list[list[str]], used: list[Measurement], *suites: str
+) -> str:
+    if not body:
+        commands = " and ".join(f'`make bench ARGS="--suite {s} --record"`' for s in suites)
+        return f"(no record yet: {commands} on a GPU)"
+    sources = {m.source.path: m.source for m in used}
+    return f"{_markdown(head, body)}\n\n{_origin(list(sources.values()))}"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "finetune": finetune,
+    "kernels_cpu": kernels_cpu,
+    "kernels_gpu": kernels_gpu,
+    "kernels_lengths": kernels_lengths,
+    "kernels_sparsity": kernels_sparsity,
+    "kernels_stages": kernels_stages,
+}
 
 
 def _markdown(head: list[str], body: list[list[str]]) -> str:

@@ -1,0 +1,220 @@
+"""The kernels as a backend of `sla_kernels.operator`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sla_kernels import eager, feature_maps
+from sla_kernels.block_map import CRITICAL, MARGINAL, BlockMap, num_blocks
+from sla_kernels.block_map import route as plain_route
+from sla_kernels.feature_maps import FeatureMap
+from sla_kernels.triton import launch, operators
+
+_NAMES = {
+    feature_maps.softmax: "softmax",
+    feature_maps.elu_plus_one: "elu+1",
+    torch.relu: "relu",
+}
+
+
+def unsupported_reason(query: Tensor, block_q: int, block_kv: int) -> str | None:
+    """Why the kernels cannot work on such tensors, or None."""
+    head_dim = query.shape[3]
+    if not query.is_cuda and not launch.interpreted():
+        return f"query is on {query.device}; Triton needs a GPU (or TRITON_INTERPRET=1, to test)"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"query is {query.dtype}; Triton's kernels take float16, bfloat16 or float32"
+    if query.dtype == torch.bfloat16 and launch.interpreted():
+        return "query is torch.bfloat16, which Triton's interpreter multiplies wrongly"
+    if head_dim % 8 or head_dim > launch.MAX_HEAD_DIM:
+        return f"head_dim is {head_dim}; it must be a multiple of 8, at most {launch.MAX_HEAD_DIM}"
+    for name, block in (("block_q", block_q), ("block_kv", block_kv)):
+        if block not in launch.BLOCKS:
+            return f"{name} is {block}; it must be one of {', '.join(map(str, launch.BLOCKS))}"
+    return None
+
+
+def route(
+    query: Tensor,
+    key: Tensor,
+    *,
+    critical: float,
+    negligible: float,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+    always_critical: int,
+    key_lengths: Tensor | None = None,
+) -> BlockMap:
+    """As `block_map.route`, in kernels."""
+    if num_blocks(key.shape[2], block_kv) > launch.MAX_ROUTED_BLOCKS:
+        return plain_route(
+            query,
+            key,
+            critical=critical,
+            negligible=negligible,
+            block_q=block_q,
+            block_kv=block_kv,
+            scale=scale,
+            always_critical=always_critical,
+            key_lengths=key_lengths,
+        )
+    labels, rows, counts = operators.route(
+        query.detach(),
+        key.detach(),
+        key_lengths,
+        critical,
+        negligible,
+        block_q,
+        block_kv,
+        always_critical,
+        scale,
+    )
+    tokens_q, tokens_kv = query.shape[2], key.shape[2]
+    return BlockMap(labels, block_q, block_kv, tokens_q, tokens_kv, key_lengths, (rows, counts))
+
+
+def sparse_branch(
+    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
+) -> Tensor:
+    """O^s, as `reference.sparse_branch`."""
+    if scale <= 0:
+        query, scale = -query, -scale
+    return _attend(query, key, value, None, None, block_map, "softmax", scale, True, False)
+
+
+def linear_branch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap | None,
+    feature_map: FeatureMap,
+) -> Tensor:
+    """O^l, as `reference.linear_branch`; a feature map of the caller's goes through autograd."""
+    name = _NAMES.get(feature_map)
+    if name is None:
+        return eager.linear_branch(query, key, value, block_map, feature_map)
+    if block_map is None:
+        block_map = _all_marginal(query, key)
+    return _attend(query, key, value, None, None, block_map, name, 1.0, False, True)
+
+
+def fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    proj_weight: Tensor | None,
+    proj_bias: Tensor | None,
+    feature_map: FeatureMap,
+    scale: float,
+    *,
+    block_map: BlockMap | None = None,
+    routing: dict[str, Any] | None = None,
+) -> Tensor | None:
+    """The whole operator, with a given block map or with the arguments of `route`.
+
+    None where it is not fused: the caller adds the branches.
+    """
+    name = _NAMES.get(feature_map)
+    # Proj in float32 would not fit the shared memory beside the rest.
+    if name is None or scale <= 0 or query.dtype == torch.float32:
+        return None
+    weight = None if proj_weight is None else proj_weight.to(query.dtype)
+    bias = None if proj_bias is None else proj_bias.to(query.dtype)
+    if block_map is None:
+        assert routing is not None
+        blocks = num_blocks(key.shape[2], routing["block_kv"])
+        if blocks <= launch.MAX_ROUTED_BLOCKS and not _too_large(query, **_blocks(routing)):
+            output, *_ = operators.sparse_linear_attention(
+                query,
+                key,
+                value,
+                weight,
+                bias,
+                routing["key_lengths"],
+                routing["critical"],
+                routing["negligible"],
+                routing["block_q"],
+                routing["block_kv"],
+                routing["always_critical"],
+                name,
+                scale,
+            )
+            return output
+        block_map = route(query, key, scale=scale, **routing)
+    return _attend(query, key, value, weight, bias, block_map, name, scale, True, True)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    block_map: BlockMap,
+    feature_map: str,
+    scale: float,
+    sparse: bool,
+    linear: bool,
+) -> Tensor:
+    if _too_large(query, block_map.block_q, block_map.block_kv):
+        block_map = _in_half(block_map)
+    if block_map.row_table is not None:
+        rows, counts = block_map.row_table
+    else:
+        rows, counts = operators.row_table(block_map.labels)
+    output, _ = operators.attend(
+        query,
+        key,
+        value,
+        weight,
+        bias,
+        block_map.key_lengths,
+        block_map.labels,
+        rows,
+        counts,
+        block_map.block_q,
+        block_map.block_kv,
+        feature_map,
+        scale,
+        sparse,
+        linear,
+    )
+    return output
+
+
+def _blocks(routing: dict[str, Any]) -> dict[str, int]:
+    return {name: routing[name] for name in ("block_q", "block_kv")}
+
+
+def _too_large(query: Tensor, block_q: int, block_kv: int) -> bool:
+    """Whether tiles of such blocks do not fit the shared memory of a multiprocessor."""
+    return query.dtype != torch.bfloat16 and 128 in (block_q, block_kv) and query.shape[3] > 32
+
+
+def _in_half(block_map: BlockMap) -> BlockMap:
+    """The same classes of the same scores, in blocks of at most 64."""
+    labels, blocks = block_map.labels, []
+    for dim, block, tokens in (
+        (2, block_map.block_q, block_map.tokens_q),
+        (3, block_map.block_kv, block_map.tokens_kv),
+    ):
+        blocks.append(min(block, 64))
+        if block > 64:
+            labels = labels.repeat_interleave(block // 64, dim=dim)
+            labels = labels.narrow(dim, 0, num_blocks(tokens, 64))
+    tokens = (block_map.tokens_q, block_map.tokens_kv)
+    return BlockMap(labels.contiguous(), *blocks, *tokens, block_map.key_lengths)
+
+
+def _all_marginal(query: Tensor, key: Tensor) -> BlockMap:
+    t_m, t_n = num_blocks(query.shape[2], 128), num_blocks(key.shape[2], 128)
+    labels = query.new_full((*query.shape[:2], t_m, t_n), MARGINAL, dtype=torch.int8)
+    return BlockMap(labels, 128, 128, query.shape[2], key.shape[2])
+
+
+assert CRITICAL == 1  # kernels compare labels with numbers
+assert MARGINAL == 0

@@ -1,0 +1,280 @@
+"""The kernels as PyTorch operators: `torch.library` registrations with shapes and gradients.
+
+`torch.compile` sees one operator and no graph break. Results have the strides of what they belong
+to: a query that is a transposed (B, N, H, D) tensor gives an output that is one too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sla_kernels.triton import launch
+from sla_kernels.triton.launch import Problem, Routed, Routing
+
+
+@torch.library.custom_op("sla_kernels::route", mutates_args=())
+def route(
+    query: Tensor,
+    key: Tensor,
+    key_lengths: Tensor | None,
+    critical: float,
+    negligible: float,
+    block_q: int,
+    block_kv: int,
+    always_critical: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, row table and counts of a `BlockMap`."""
+    with _device_of(query):
+        routing = Routing(critical, negligible, always_critical, scale)
+        problem = Problem(block_q, block_kv, 0, "softmax", 1.0)
+        routed = launch.route_alone(query, key, key_lengths, routing, problem)
+        return routed.labels, routed.rows, routed.counts
+
+
+@route.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    key_lengths: Tensor | None,
+    critical: float,
+    negligible: float,
+    block_q: int,
+    block_kv: int,
+    always_critical: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    routing = Routing(critical, negligible, always_critical, scale)
+    routed = launch.new_tables(query, key, Problem(block_q, block_kv, 0, "softmax", 1.0), routing)
+    return routed.labels, routed.rows, routed.counts
+
+
+@torch.library.custom_op("sla_kernels::row_table", mutates_args=())
+def row_table(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`critical_blocks` and `critical_counts` of a `BlockMap` from its labels."""
+    with _device_of(labels):
+        return launch.row_tables(labels.contiguous(), columns=False)
+
+
+@row_table.register_fake
+def _(labels: Tensor) -> tuple[Tensor, Tensor]:
+    return labels.new_empty(labels.shape, dtype=torch.int32), labels.new_empty(
+        labels.shape[:3], dtype=torch.int32
+    )
+
+
+@torch.library.custom_op("sla_kernels::sparse_linear_attention", mutates_args=())
+def sparse_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    critical: float,
+    negligible: float,
+    block_q: int,
+    block_kv: int,
+    always_critical: int,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Routing and both branches: output, log-sum-exp, labels, row table, counts."""
+    with _device_of(query):
+        routing = Routing(critical, negligible, always_critical, scale)
+        long_rows = launch.num_blocks(always_critical, block_q)
+        problem = Problem(block_q, block_kv, long_rows, feature_map, scale)
+        output, lse, routed = launch.attend(
+            query, key, value, weight, bias, key_lengths, problem, routing=routing
+        )
+        return output, lse, routed.labels, routed.rows, routed.counts
+
+
+@sparse_linear_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    critical: float,
+    negligible: float,
+    block_q: int,
+    block_kv: int,
+    always_critical: int,
+    feature_map: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    routing = Routing(critical, negligible, always_critical, scale)
+    problem = Problem(block_q, block_kv, 0, feature_map, scale)
+    routed = launch.new_tables(query, key, problem, routing)
+    lse = launch.new_row_numbers(query)
+    return torch.empty_like(query), lse, routed.labels, routed.rows, routed.counts
+
+
+@torch.library.custom_op("sla_kernels::attend", mutates_args=())
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    labels: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_kv: int,
+    feature_map: str,
+    scale: float,
+    sparse: bool,
+    linear: bool,
+) -> tuple[Tensor, Tensor]:
+    """One branch, or both, of a given routing: output and log-sum-exp."""
+    with _device_of(query):
+        problem = Problem(block_q, block_kv, 0, feature_map, scale, sparse, linear)
+        routed = Routed(labels.contiguous(), rows.contiguous(), counts.contiguous())
+        output, lse, _ = launch.attend(
+            query, key, value, weight, bias, key_lengths, problem, routed=routed
+        )
+        return output, lse
+
+
+@attend.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    labels: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_kv: int,
+    feature_map: str,
+    scale: float,
+    sparse: bool,
+    linear: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), launch.new_row_numbers(query)
+
+
+@torch.library.custom_op("sla_kernels::attend_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_kv: int,
+    long_rows: int,
+    feature_map: str,
+    scale: float,
+    sparse: bool,
+    linear: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, weight and bias; empty where there is no such tensor."""
+    with _device_of(query):
+        problem = Problem(block_q, block_kv, long_rows, feature_map, scale, sparse, linear)
+        routed = Routed(labels.contiguous(), rows.contiguous(), counts.contiguous())
+        d_query, d_key, d_value, d_weight, d_bias = launch.attend_backward(
+            grad, query, key, value, weight, bias, key_lengths, output, lse, routed, problem
+        )
+        nothing = query.new_empty(0)
+        return (
+            d_query,
+            d_key,
+            d_value,
+            nothing if d_weight is None else d_weight,
+            nothing.clone() if d_bias is None else d_bias,
+        )
+
+
+@attend_backward.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_kv: int,
+    long_rows: int,
+    feature_map: str,
+    scale: float,
+    sparse: bool,
+    linear: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(query),
+        torch.empty_like(key),
+        torch.empty_like(value),
+        query.new_empty(0) if weight is None else weight.new_empty(weight.shape),
+        query.new_empty(0) if bias is None else bias.new_empty(bias.shape),
+    )
+
+
+def _device_of(tensor: Tensor) -> Any:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device_of(tensor)
+
+
+def _save_routed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, weight, bias, key_lengths = inputs[:6]
+    _, _, block_q, block_kv, always_critical, feature_map, scale = inputs[6:]
+    ctx.save_for_backward(query, key, value, weight, bias, key_lengths, *output)
+    long_rows = launch.num_blocks(always_critical, block_q)
+    ctx.numbers = (block_q, block_kv, long_rows, feature_map, scale, True, True)
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _save_given(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, value, weight, bias, key_lengths, labels, rows, counts = inputs[:9]
+    block_q, block_kv, feature_map, scale, sparse, linear = inputs[9:]
+    tensors = (query, key, value, weight, bias, key_lengths, *output, labels, rows, counts)
+    ctx.save_for_backward(*tensors)
+    ctx.numbers = (block_q, block_kv, 0, feature_map, scale, sparse, linear)
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * ctx.inputs
+    query, key, value, weight, bias, lengths, output, lse, *tables = ctx.saved_tensors
+    grads = attend_backward(
+        grad, query, key, value, weight, bias, lengths, output, lse, *tables, *ctx.numbers
+    )
+    wanted = [
+        gradient if tensor is not None else None
+        for gradient, tensor in zip(grads, (query, key, value, weight, bias), strict=True)
+    ]
+    return (*wanted, *(None,) * (ctx.inputs - 5))
+
+
+sparse_linear_attention.register_autograd(_backward, setup_context=_save_routed)
+attend.register_autograd(_backward, setup_context=_save_given)

@@ -1,0 +1,24 @@
+"""Shapes that the paper measures at, and the kernel speeds that it publishes."""
+
+from __future__ import annotations
+
+# (batch, heads, tokens, head_dim) of one self-attention, 81 frames.
+WAN_1_3B = (1, 12, 32760, 128)  # Wan2.1-1.3B at 480p
+WAN_14B_720P = (1, 40, 75600, 128)  # Wan2.1-14B at 720p
+# Fractions of the paper's kernel measurements (Section 5, Figure 6a).
+SPARSITY = 0.95
+NEGLIGIBLE = 0.10
+PAPER_BLOCKS = (64, 64)
+# Block sizes (queries, keys) that our benchmark takes on a GPU unless told otherwise.
+GPU_BLOCKS = (128, 128)
+
+PAPER_DEVICE = "RTX5090"
+# Figure 6a: FLOPs of full attention over time, TFLOPS; method to (forward, backward).
+PAPER_TFLOPS: dict[str, tuple[float, float]] = {
+    "FlashAttention2": (219, 218),
+    "VMoBA-85%": (228, 370),
+    "VMoBA-95%": (348, 1032),
+    "VSA-89%": (892, 620),
+    "VSA-95%": (1553, 1011),
+    "SLA-95%": (2996, 1479),
+}
