@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,17 +63,70 @@ AWKWARD = (
 )
 
 
+def supported(case: Case, tokens: int | None = None, heads: int | None = None) -> Case:
+    """The case in blocks that every backend takes.
+
+    Args:
+        tokens: a power of two to which longer sequences are cut; what they are longer than a
+            multiple of the blocks by is kept. For backends that run slowly.
+        heads: at most so many.
+    """
+    block_q, block_kv = (
+        next(size for size in (16, 32, 64, 128) if size >= block)
+        for block in (case.block_q, case.block_kv)
+    )
+
+    def cut(count: int) -> int:
+        if tokens is None or count <= tokens:
+            return count
+        return tokens + count % max(block_q, block_kv)
+
+    tokens_q, tokens_kv = cut(case.tokens_q), cut(case.tokens_kv)
+    lengths = case.key_lengths
+    return replace(
+        case,
+        tokens_q=tokens_q,
+        tokens_kv=tokens_kv,
+        block_q=block_q,
+        block_kv=block_kv,
+        heads=case.heads if heads is None else min(case.heads, heads),
+        key_lengths=None if lengths is None else tuple(min(n, tokens_kv) for n in lengths),
+    )
+
+
 def random_inputs(
-    case: Case, dtype: torch.dtype = torch.float32, seed: int = 0
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of a case, as (B, N, H, D) tensors seen through a transpose."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tokens: int) -> Tensor:
         shape = (case.batch, tokens, case.heads, case.head_dim)
-        return torch.randn(shape, generator=generator).to(dtype).transpose(1, 2)
+        return torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2)
 
     return draw(case.tokens_q), draw(case.tokens_kv), draw(case.tokens_kv)
+
+
+def random_projection(
+    head_dim: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of Proj."""
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(head_dim, head_dim, generator=generator) / math.sqrt(head_dim)
+    return weight.to(device, dtype), torch.randn(head_dim, generator=generator).to(device, dtype)
+
+
+def with_gradients(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], **options: Any
+) -> list[Tensor]:
+    """Output, and the gradients of all tensors, of a fixed random functional of the output."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    output = function(*leaves, **options)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).to(output)
+    return [output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -14,9 +14,11 @@ import triton.language as tl
 from sla_kernels.triton.common import (
     features,
     features_backward,
+    load_square,
     load_tile,
     program_order,
     safe_inverse,
+    store_square,
     store_tile,
 )
 
@@ -44,7 +46,7 @@ def backward_queries(
     query,
     key,
     value,
-    output,
+    output,  # pointer: these loads are under way while the copy engine's are waited for
     grad_output,
     grad_query,
     bias,
@@ -52,8 +54,10 @@ def backward_queries(
     delta,  # float32 (B*H, N_q + filling), written: D^s
     rows,
     counts,
-    sums,  # (heads of the group, T_m, D + 1, D): H_i and Z_i
-    d_sums,  # likewise, written: dH_i and dZ_i
+    h_sums,  # descriptor of H_i, (D, D) matrices
+    z_sums,  # (heads of the group, T_m, D + 1, D): Z_i is the row after H_i
+    d_h_sums,  # likewise, written: dH_i
+    d_z_sums,  # dZ_i
     d_bias,  # float32 (B*H*T_m, D), written: sum of dO over the block
     lengths,
     first_bh,
@@ -65,6 +69,9 @@ def backward_queries(
     width,
     long_rows,
     lse_stride,
+    stride_batch,  # of output
+    stride_head,
+    stride_token,
     scale_log2,
     scale,
     SPARSE: tl.constexpr,
@@ -89,9 +96,14 @@ def backward_queries(
     row = bh.to(tl.int64) * blocks_q + block
     tokens = token + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, P)
+    output += batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+    out = tl.load(
+        output + tokens[:, None].to(tl.int64) * stride_token + columns[None, :],
+        mask=(tokens[:, None] < tokens_q) & (columns[None, :] < D),
+        other=0.0,
+    ).to(tl.float32)
     q = load_tile(query, batch, head, token, BLOCK_Q, P)
     grad = load_tile(grad_output, batch, head, token, BLOCK_Q, P)
-    out = load_tile(output, batch, head, token, BLOCK_Q, P).to(tl.float32)
     if BIAS:
         b = tl.load(bias + columns, mask=columns < D, other=0.0)
         out -= b.to(tl.float32)[None, :]
@@ -100,11 +112,10 @@ def backward_queries(
     d_row = tl.sum(grad.to(tl.float32) * out, 1)
     d_query = tl.zeros([BLOCK_Q, P], tl.float32)
     if LINEAR:
-        inside = (columns[:, None] < D) & (columns[None, :] < D)
-        base = (group_bh.to(tl.int64) * blocks_q + block) * (D + 1) * D
-        places = base + columns[:, None] * D + columns[None, :]
-        h = tl.load(sums + places, mask=inside, other=0.0)
-        z = tl.load(sums + base + D * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+        index = group_bh * blocks_q + block
+        place = index.to(tl.int64) * (D + 1) * D + D * D + columns
+        z = tl.load(z_sums + place, mask=columns < D, other=0.0).to(tl.float32)
+        h = load_square(h_sums, index, P)
         x = q.to(tl.float32)
         phi = features(x, FEATURE_MAP, D, P)
         inverse = safe_inverse(tl.sum(phi * z[None, :], 1))[:, None]
@@ -114,11 +125,10 @@ def backward_queries(
         d_query = features_backward(x, phi, d_phi, FEATURE_MAP) * (1.0 / scale)
         phi = phi * inverse
         d_h = tl.dot(tl.trans(phi.to(h.dtype)), grad.to(h.dtype), input_precision=PRECISION)
-        tl.store(d_sums + places, d_h.to(d_sums.dtype.element_ty), mask=inside)
+        dtype = d_z_sums.dtype.element_ty
+        store_square(d_h_sums, index, d_h.to(dtype), P)
         d_z = -tl.sum(phi * d_linear, 0)
-        tl.store(
-            d_sums + base + D * D + columns, d_z.to(d_sums.dtype.element_ty), mask=columns < D
-        )
+        tl.store(d_z_sums + place, d_z.to(dtype), mask=columns < D)
         d_row -= tl.sum(d_linear, 1)
     if SPARSE:
         places = bh.to(tl.int64) * lse_stride + tokens
@@ -235,8 +245,9 @@ def backward_linear(
     value,
     grad_key,
     grad_value,
-    weight,
-    d_sums,  # (heads of the group, T_n, D + 1, D): dh_j and dz_j
+    weight,  # descriptor of Proj as one (D, D) matrix
+    d_h_sums,  # descriptor of dh_j, (D, D) matrices
+    d_z_sums,  # descriptor of rows of the same; dz_j is the one after the matrix
     d_weight,  # float32 (programs, D, D), added to
     lengths,
     first_bh,
@@ -261,10 +272,10 @@ def backward_linear(
     columns = tl.arange(0, P)
     inside = (columns[:, None] < D) & (columns[None, :] < D)
     places = columns[:, None] * D + columns[None, :]
-    target = d_weight + pid.to(tl.int64) * D * D + places
     if PROJ:
+        target = d_weight + pid.to(tl.int64) * D * D + places
         total = tl.load(target, mask=inside, other=0.0)
-        w = tl.load(weight + places, mask=inside, other=0.0)
+        w = load_square(weight, 0, P)
     tiles = blocks_kv * PARTS
     for item in tl.range(pid, group_heads * tiles, tl.num_programs(0), num_stages=STAGES):
         group_bh, tile = item // tiles, item % tiles
@@ -277,28 +288,31 @@ def backward_linear(
         valid = (token + tl.arange(0, TILE) < limit)[:, None]
         k = load_tile(key, batch, head, token, TILE, P)
         v = load_tile(value, batch, head, token, TILE, P)
-        base = (tl.zeros([], tl.int64) + group_bh * blocks_kv + block) * (D + 1) * D
-        d_h = tl.load(d_sums + base + places, mask=inside, other=0.0)
-        d_z = tl.load(d_sums + base + D * D + columns, mask=columns < D, other=0.0)
+        index = group_bh * blocks_kv + block
+        d_h = load_square(d_h_sums, index, P)
+        d_z = d_z_sums.load([index, D, 0]).reshape([P])
         if LENGTHS:
             k = tl.where(valid, k, 0.0)
             v = tl.where(valid, v, 0.0)
-        projected = v
+        # dV'_j W and V'_j dh_j^T share dh_j W.
+        g = d_h
         if PROJ:
-            projected = tl.dot(v, tl.trans(w), input_precision=PRECISION).to(v.dtype)
+            g = tl.dot(d_h, w, input_precision=PRECISION).to(d_h.dtype)
         x = k.to(tl.float32)
         phi = features(x, FEATURE_MAP, D, P)
-        d_phi = tl.dot(projected.to(d_h.dtype), tl.trans(d_h), input_precision=PRECISION)
+        d_phi = tl.dot(v.to(g.dtype), tl.trans(g), input_precision=PRECISION)
         d_phi += d_z.to(tl.float32)[None, :]
         d_key = features_backward(x, phi, d_phi, FEATURE_MAP)
+        if LENGTHS:
+            d_key = tl.where(valid, d_key, 0.0)
         store_tile(grad_key, batch, head, token, d_key.to(k.dtype), TILE, P)
         # Keys that are none add nothing to dW.
         phi = tl.where(valid, phi, 0.0)
-        d_value = tl.dot(phi.to(d_h.dtype), d_h, input_precision=PRECISION)
-        if PROJ:
-            d_projected = d_value.to(v.dtype)
-            total = tl.dot(tl.trans(d_projected), v, total, input_precision=PRECISION)
-            d_value = tl.dot(d_projected, w, input_precision=PRECISION)
+        phi = phi.to(d_h.dtype)
+        d_value = tl.dot(phi, g, input_precision=PRECISION)
         store_tile(grad_value, batch, head, token, d_value.to(v.dtype), TILE, P)
+        if PROJ:
+            d_projected = tl.dot(phi, d_h, input_precision=PRECISION).to(v.dtype)
+            total = tl.dot(tl.trans(d_projected), v, total, input_precision=PRECISION)
     if PROJ:
         tl.store(target, total, mask=inside)

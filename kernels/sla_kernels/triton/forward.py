@@ -5,7 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sla_kernels.triton.common import features, load_tile, program_order, safe_inverse, store_tile
+from sla_kernels.triton.common import (
+    features,
+    load_square,
+    load_tile,
+    program_order,
+    safe_inverse,
+    store_tile,
+)
 
 
 @triton.jit
@@ -36,7 +43,8 @@ def forward(
     lse,  # float32 (B*H, N_q + filling): log2-sum-exp2 of the scaled critical scores
     rows,  # int32 (B*H, T_m, width): critical key blocks of each row, ascending
     counts,  # int32 (B*H, T_m)
-    sums,  # (heads of the group, T_m, D + 1, D): H_i and Z_i
+    h_sums,  # descriptor of H_i, (D, D) matrices
+    z_sums,  # (heads of the group, T_m, D + 1, D): Z_i is the row after H_i
     lengths,  # int32 (B,)
     first_bh,
     group_heads,
@@ -113,10 +121,10 @@ def forward(
             tl.store(lse + bh.to(tl.int64) * lse_stride + tokens, sum_exp, mask=tokens < lse_stride)
     if LINEAR:
         columns = tl.arange(0, P)
-        inside = (columns[:, None] < D) & (columns[None, :] < D)
-        sums += (group_bh.to(tl.int64) * blocks_q + block) * (D + 1) * D
-        h = tl.load(sums + columns[:, None] * D + columns[None, :], mask=inside, other=0.0)
-        z = tl.load(sums + D * D + columns, mask=columns < D, other=0.0)
+        index = group_bh * blocks_q + block
+        z_sums += index.to(tl.int64) * (D + 1) * D + D * D
+        z = tl.load(z_sums + columns, mask=columns < D, other=0.0)
+        h = load_square(h_sums, index, P)
         phi = features(q.to(tl.float32), FEATURE_MAP, D, P)
         phi *= safe_inverse(tl.sum(phi * z.to(tl.float32)[None, :], 1))[:, None]
         out = tl.dot(phi.to(h.dtype), h, out, input_precision=PRECISION)

@@ -117,6 +117,23 @@ def tiles(tensor: Tensor, rows: int) -> TensorDescriptor:
     )
 
 
+def squares(tensor: Tensor | None) -> TensorDescriptor | None:
+    """Descriptor of the (D, D) matrices of a (..., D or D + 1, D) tensor."""
+    if tensor is None:
+        return None
+    rows, head_dim = tensor.shape[-2:]
+    count, size = tensor.numel() // (rows * head_dim), padded(head_dim)
+    shape, strides = [count, head_dim, head_dim], [rows * head_dim, head_dim, 1]
+    return TensorDescriptor(tensor, shape, strides, [1, size, size])
+
+
+def last_rows(tensor: Tensor) -> TensorDescriptor:
+    """Descriptor of single rows of a (..., D + 1, D) tensor."""
+    rows, head_dim = tensor.shape[-2:]
+    shape, strides = [tensor.numel() // (rows * head_dim), rows, head_dim], [rows * head_dim, head_dim, 1]
+    return TensorDescriptor(tensor, shape, strides, [1, 1, padded(head_dim)])
+
+
 def new_row_numbers(query: Tensor) -> Tensor:
     """A float32 a query: (B, H, N rounded up), so that the copy engine can address each head."""
     batch, heads, tokens, _ = query.shape
@@ -163,30 +180,41 @@ def new_tables(query: Tensor, key: Tensor, problem: Problem, routing: Routing) -
 
 
 def prepare(
+    query: Tensor,
     key: Tensor,
-    value: Tensor | None,
+    value: Tensor,
     weight: Tensor | None,
     key_lengths: Tensor | None,
     problem: Problem,
     group: tuple[int, int],
-    pooled: Tensor | None,
+    pooled: tuple[Tensor, Tensor] | None,
     sums: Tensor | None,
 ) -> None:
-    """Mean keys into `pooled`, h_j and z_j into `sums`, each where given."""
-    head_dim, t_n = key.shape[3], num_blocks(key.shape[2], problem.block_kv)
-    config = _prepare_config(key.dtype, problem)
-    programs = min(group[1] * t_n, _programs(key, config.pop("per_multiprocessor")))
-    prepare_kernels.prepare_keys[(programs,)](
+    """Mean queries and keys into `pooled`, h_j and z_j into `sums`, each where given."""
+    head_dim = key.shape[3]
+    t_m = num_blocks(query.shape[2], problem.block_q)
+    t_n = num_blocks(key.shape[2], problem.block_kv)
+    config = _prepare_config(key.dtype, problem, linear=sums is not None)
+    programs = min(
+        group[1] * (t_n if pooled is None else max(t_m, t_n)),
+        _programs(key, config.pop("per_multiprocessor")),
+    )
+    prepare_kernels.prepare[(programs,)](
+        tiles(query, problem.block_q),
         tiles(key, config["TILE"]),
-        tiles(key if value is None else value, config["TILE"]),
-        weight,
+        tiles(value, config["TILE"]),
+        squares(weight) if sums is not None else None,
         key_lengths,
-        pooled,
+        None if pooled is None else pooled[0],
+        None if pooled is None else pooled[1],
+        squares(sums),
         sums,
         group[0],
         group[1],
         key.shape[1],
+        query.shape[2],
         key.shape[2],
+        t_m,
         t_n,
         POOL=pooled is not None,
         LINEAR=sums is not None,
@@ -196,34 +224,34 @@ def prepare(
         PRECISION=precision(key.dtype),
         D=head_dim,
         P=padded(head_dim),
+        BLOCK_Q=problem.block_q,
         BLOCK=problem.block_kv,
         **config,
     )
 
 
+def new_pooled(query: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:
+    """Buffers of the mean queries and keys."""
+    batch, heads, _, head_dim = query.shape
+    t_m, t_n = routed.labels.shape[2:]
+    return (
+        query.new_empty((batch * heads, t_m, head_dim), dtype=torch.float32),
+        query.new_empty((batch * heads, t_n, head_dim), dtype=torch.float32),
+    )
+
+
 def route(
     query: Tensor,
-    pooled_key: Tensor,
+    pooled: tuple[Tensor, Tensor],
     key_lengths: Tensor | None,
     routing: Routing,
     problem: Problem,
     tokens_kv: int,
     routed: Routed,
 ) -> None:
-    """Fill `routed` from the queries and the mean keys of all heads."""
+    """Fill `routed` from the mean queries and keys of all heads."""
     batch, heads, tokens_q, head_dim = query.shape
     t_m, t_n = routed.labels.shape[2:]
-    pooled_query = query.new_empty((batch * heads, t_m, head_dim), dtype=torch.float32)
-    prepare_kernels.pool_queries[(batch * heads * t_m,)](
-        tiles(query, problem.block_q),
-        pooled_query,
-        heads,
-        tokens_q,
-        t_m,
-        D=head_dim,
-        P=padded(head_dim),
-        BLOCK=problem.block_q,
-    )
     forced_kv = num_blocks(min(routing.always_critical, tokens_kv), problem.block_kv)
     chosen, skipped = block_counts(routing.critical, routing.negligible, t_n, forced_kv)
     samples = None
@@ -242,8 +270,7 @@ def route(
     routing_kernels.pooled_scores[
         (batch * heads * triton.cdiv(t_m, tile) * triton.cdiv(t_n, tile),)
     ](
-        pooled_query,
-        pooled_key,
+        *pooled,
         scores,
         t_m,
         t_n,
@@ -277,12 +304,11 @@ def route_alone(
     query: Tensor, key: Tensor, key_lengths: Tensor | None, routing: Routing, problem: Problem
 ) -> Routed:
     """Classes and row table, nothing else."""
-    batch, heads, _, head_dim = query.shape
     routed = new_tables(query, key, problem, routing)
     query, key = described(query), described(key)
-    shape = (batch * heads, routed.labels.shape[3], head_dim)
-    pooled = query.new_empty(shape, dtype=torch.float32)
-    prepare(key, None, None, key_lengths, problem, (0, batch * heads), pooled, None)
+    pooled = new_pooled(query, routed)
+    everything = (0, query.shape[0] * query.shape[1])
+    prepare(query, key, key, None, key_lengths, problem, everything, pooled, None)
     route(query, pooled, key_lengths, routing, problem, key.shape[2], routed)
     return routed
 
@@ -358,6 +384,8 @@ def attend(
     output = torch.empty_like(query)
     lse = new_row_numbers(query)
     query, key, value = described(query), described(key), described(value)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     written = described(output)
     t_n = num_blocks(key.shape[2], problem.block_kv)
     t_m = num_blocks(tokens_q, problem.block_q)
@@ -367,18 +395,18 @@ def attend(
     pooled = mask = None
     if routed is None:
         assert routing is not None
-        pooled = query.new_empty((batch * heads, t_n, head_dim), dtype=torch.float32)
         routed = new_tables(query, key, problem, routing)
+        pooled = new_pooled(query, routed)
         if len(groups) > 1 or not problem.linear:
             everything = (0, batch * heads)
-            prepare(key, None, None, key_lengths, problem, everything, pooled, None)
+            prepare(query, key, value, None, key_lengths, problem, everything, pooled, None)
             route(query, pooled, key_lengths, routing, problem, key.shape[2], routed)
             pooled = None
     for group in groups:
         sums = None
         if problem.linear:
             parts = _new_sums(key, group[1], t_n)
-            prepare(key, value, weight, key_lengths, problem, group, pooled, parts)
+            prepare(query, key, value, weight, key_lengths, problem, group, pooled, parts)
             if pooled is not None:
                 assert routing is not None
                 route(query, pooled, key_lengths, routing, problem, key.shape[2], routed)
@@ -395,6 +423,7 @@ def attend(
             lse,
             routed.rows,
             routed.counts,
+            squares(sums),
             sums,
             key_lengths,
             group[0],
@@ -443,6 +472,8 @@ def attend_backward(
     results = [torch.empty_like(t) for t in (query, key, value)]
     written = [described(t) for t in results]
     grad, query, key, value, output = (described(t) for t in (grad, query, key, value, output))
+    proj = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     width, precise = padded(head_dim), precision(query.dtype)
     t_m, t_n = routed.labels.shape[2:]
     delta = torch.empty_like(lse)
@@ -469,7 +500,7 @@ def attend_backward(
         sums = d_sums = None
         if problem.linear:
             parts = _new_sums(key, group[1], t_n)
-            prepare(key, value, weight, key_lengths, problem, group, None, parts)
+            prepare(query, key, value, proj, key_lengths, problem, group, None, parts)
             if mask is None:
                 mask = marginal_mask(routed.labels, parts.dtype)
             sums = aggregate(mask, parts, t_m, group, 1.0 / t_n, precise, transposed=False)
@@ -479,7 +510,7 @@ def attend_backward(
             tiles(query, problem.block_q),
             tiles(key, queries_config["TILE_N"]),
             tiles(value, queries_config["TILE_N"]),
-            tiles(output, problem.block_q),
+            output,
             tiles(grad, problem.block_q),
             tiles(written[0], problem.block_q),
             bias,
@@ -487,7 +518,9 @@ def attend_backward(
             delta,
             routed.rows,
             routed.counts,
+            squares(sums),
             sums,
+            squares(d_sums),
             d_sums,
             d_bias,
             key_lengths,
@@ -500,6 +533,7 @@ def attend_backward(
             routed.rows.shape[3],
             min(problem.long_rows, t_m),
             lse.shape[2],
+            *output.stride()[:3],
             problem.scale * _LOG2_E,
             problem.scale,
             SPARSE=problem.sparse,
@@ -522,8 +556,9 @@ def attend_backward(
                 tiles(value, linear_config["TILE"]),
                 tiles(written[1], linear_config["TILE"]),
                 tiles(written[2], linear_config["TILE"]),
-                weight,
-                d_sums,
+                squares(proj),
+                squares(d_sums),
+                last_rows(d_sums),
                 d_weight,
                 key_lengths,
                 group[0],
@@ -663,13 +698,18 @@ def _linear_config(dtype: torch.dtype, width: int, problem: Problem) -> dict[str
     return {"TILE": min(32, problem.block_kv), "STAGES": 1, "num_warps": 8}
 
 
-def _prepare_config(dtype: torch.dtype, problem: Problem) -> dict[str, int]:
-    tile = min(64 if dtype != torch.float32 else 32, problem.block_kv)
-    stages = 2 if dtype == torch.bfloat16 else 1
-    return {"TILE": tile, "STAGES": stages, "num_warps": 8, "per_multiprocessor": 2}
+def _prepare_config(dtype: torch.dtype, problem: Problem, *, linear: bool) -> dict[str, int]:
+    if not linear:
+        return {"TILE": problem.block_kv, "STAGES": 2, "num_warps": 4, "per_multiprocessor": 4}
+    if dtype == torch.bfloat16:
+        # Two programs a multiprocessor, for which registers are the limit.
+        tile = min(128, problem.block_kv)
+        return {"TILE": tile, "STAGES": 1, "num_warps": 8, "per_multiprocessor": 2, "maxnreg": 128}
+    tile = min(64 if dtype == torch.float16 else 32, problem.block_kv)
+    return {"TILE": tile, "STAGES": 1, "num_warps": 8, "per_multiprocessor": 1}
 
 
 def _aggregate_config(dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "STAGES": 2, "num_warps": 4}
-    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "STAGES": 3, "num_warps": 8}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 3, "num_warps": 4}

@@ -1,8 +1,7 @@
 """One pass over the keys and values, one over the queries: what routing and the linear branch need.
 
-The linear branch works on projected values: Proj is linear, so Proj(O^l) is linear attention over
-V' = V W^T (plus the bias), and the projection costs one small product a key block instead of one a
-query.
+Proj is linear, so Proj(O^l) is linear attention over V' = V W^T (plus the bias). It is applied to
+the block sums, h'_j = h_j W^T: a small product a key block, and none in the attention kernel.
 """
 
 from __future__ import annotations
@@ -10,13 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sla_kernels.triton.common import features, load_tile
+from sla_kernels.triton.common import features, load_square, load_tile, store_square
 
 
 @triton.jit
-def pool_queries(
+def pool_query_block(
     query,
-    pooled,  # float32 (B*H, T_m, D)
+    pooled,
+    bh,
+    block,
     heads,
     tokens,
     blocks,
@@ -24,28 +25,32 @@ def pool_queries(
     P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mean query of each block. Grid: B*H*T_m."""
-    pid = tl.program_id(0)
-    bh, block = pid // blocks, pid % blocks
+    """Mean query of a block."""
     tile = load_tile(query, bh // heads, bh % heads, block * BLOCK, BLOCK, P)
     count = tl.minimum(tokens - block * BLOCK, BLOCK)
     mean = tl.sum(tile.to(tl.float32), 0) / count
     columns = tl.arange(0, P)
-    tl.store(pooled + pid.to(tl.int64) * D + columns, mean, mask=columns < D)
+    place = (tl.zeros([], tl.int64) + bh * blocks + block) * D + columns
+    tl.store(pooled + place, mean, mask=columns < D)
 
 
 @triton.jit
-def prepare_keys(
+def prepare(
+    query,
     key,
     value,
-    weight,  # (D, D) of Proj
+    weight,  # descriptor of Proj as one (D, D) matrix
     lengths,  # int32 (B,)
-    pooled,  # float32 (B*H, T_n, D)
-    sums,  # (heads of the group, T_n, D + 1, D): h_j and, as the last row, z_j; over the block size
+    pooled_query,  # float32 (B*H, T_m, D)
+    pooled_key,  # float32 (B*H, T_n, D)
+    h_sums,  # descriptor of h'_j, (D, D) matrices, divided by the block size
+    z_sums,  # their z_j: the row after each matrix
     first_bh,
     group_heads,
     heads,
-    tokens,
+    tokens_q,
+    tokens_kv,
+    blocks_q,
     blocks,
     POOL: tl.constexpr,
     LINEAR: tl.constexpr,
@@ -55,23 +60,44 @@ def prepare_keys(
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Mean key, h_j = phi(K_j)^T V'_j and z_j of each block. Grid: any number of programs, which
-    share the blocks, so that Proj is read once and loads run ahead of products."""
+    """Mean query and key (POOL), h'_j = phi(K_j)^T V_j W^T and z_j (LINEAR) of each block.
+
+    Grid: any number of programs, which share the blocks, so that Proj is read once. The mean
+    queries, which only wait for memory, are taken between the keys' products.
+    """
     columns = tl.arange(0, P)
-    inside = (columns[:, None] < D) & (columns[None, :] < D)
-    places = columns[:, None] * D + columns[None, :]
     if PROJ:
-        w = tl.load(weight + places, mask=inside, other=0.0)
-    for item in tl.range(
-        tl.program_id(0), group_heads * blocks, tl.num_programs(0), num_stages=STAGES
-    ):
+        w = load_square(weight, 0, P)
+    items = group_heads * blocks
+    if POOL:
+        query_items = group_heads * blocks_q
+        items = tl.maximum(items, query_items)
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=STAGES):
+        if POOL:
+            if item < query_items:
+                pool_query_block(
+                    query,
+                    pooled_query,
+                    first_bh + item // blocks_q,
+                    item % blocks_q,
+                    heads,
+                    tokens_q,
+                    blocks_q,
+                    D,
+                    P,
+                    BLOCK_Q,
+                )
+        # Rounds without a key block of their own do the last one again: a branch around the
+        # products would cost more.
+        item = tl.minimum(item, group_heads * blocks - 1)
         bh, block = first_bh + item // blocks, item % blocks
         batch, head = bh // heads, bh % heads
-        limit = tokens
+        limit = tokens_kv
         if LENGTHS:
             limit = tl.load(lengths + batch)
         total = tl.zeros([P], tl.float32)
@@ -92,16 +118,17 @@ def prepare_keys(
                     v = tl.where(valid[:, None], v, 0.0)
                 phi = features(k.to(tl.float32), FEATURE_MAP, D, P)
                 phi = tl.where(valid[:, None], phi, 0.0).to(k.dtype)
-                if PROJ:
-                    v = tl.dot(v, tl.trans(w), input_precision=PRECISION).to(v.dtype)
                 h = tl.dot(tl.trans(phi), v, h, input_precision=PRECISION)
                 z += tl.sum(phi.to(tl.float32), 0)
         if POOL:
             count = tl.maximum(tl.minimum(limit - block * BLOCK, BLOCK), 1)
             place = (tl.zeros([], tl.int64) + bh * blocks + block) * D + columns
-            tl.store(pooled + place, total / count, mask=columns < D)
+            tl.store(pooled_key + place, total / count, mask=columns < D)
         if LINEAR:
-            base = sums + (tl.zeros([], tl.int64) + item) * (D + 1) * D
-            dtype = sums.dtype.element_ty
-            tl.store(base + places, (h * (1.0 / BLOCK)).to(dtype), mask=inside)
-            tl.store(base + D * D + columns, (z * (1.0 / BLOCK)).to(dtype), mask=columns < D)
+            dtype = z_sums.dtype.element_ty
+            h *= 1.0 / BLOCK
+            if PROJ:
+                h = tl.dot(h.to(w.dtype), tl.trans(w), input_precision=PRECISION)
+            store_square(h_sums, item, h.to(dtype), P)
+            place = (tl.zeros([], tl.int64) + item) * (D + 1) * D + D * D + columns
+            tl.store(z_sums + place, (z * (1.0 / BLOCK)).to(dtype), mask=columns < D)
