@@ -133,7 +133,8 @@ class BlockMap:
 
 def num_blocks(tokens: int, block: int) -> int:
     """ceil(tokens / block)."""
-    return -(-tokens // block)
+    # Not -(-tokens // block): with a symbolic number of tokens that is not simplified.
+    return (tokens + block - 1) // block
 
 
 def past_length(key_lengths: Tensor, count: int, step: int = 1) -> Tensor:

@@ -137,15 +137,16 @@ def test_a_backend_that_cannot_work_says_why() -> None:
 def test_a_backend_may_route_and_fuse() -> None:
     from sla_kernels import block_map, eager, operator
 
-    seen: list[object] = []
+    routed: list[object] = []
+    calls: list[tuple[object, ...]] = []
 
     def route(*inputs: Tensor, **options: object) -> BlockMap:
-        seen.append(options["block_q"])
+        routed.append(options["block_q"])
         return block_map.route(*inputs, **options)  # type: ignore[arg-type]
 
-    def fused(query: Tensor, *rest: object) -> Tensor:
-        seen.extend(rest[2:])
-        return query + 1
+    def fused(query: Tensor, *rest: object, **options: object) -> Tensor | None:
+        calls.append((*rest[2:], options))
+        return query + 1 if options["routing"] else None
 
     register_backend(
         "test_fused",
@@ -153,17 +154,22 @@ def test_a_backend_may_route_and_fuse() -> None:
             eager.sparse_branch, eager.linear_branch, lambda *_: None, -2, fused=fused, route=route
         ),
     )
+    options = {"scale": 0.5, "backend": "test_fused"}
     try:
-        found = sparse_linear_attention(
-            tensor(), tensor(), tensor(), block_q=8, scale=0.5, backend="test_fused"
-        )
+        found = sparse_linear_attention(tensor(), tensor(), tensor(), block_q=8, **options)
+        made = classify_blocks(tensor(), tensor(), block_q=8, **options)
+        added = sparse_linear_attention(tensor(), tensor(), tensor(), block_map=made, **options)
     finally:
         del operator._BACKENDS["test_fused"]
     assert (found == 1).all()
-    block_q, weight, bias, mapped, phi, scale = seen
-    assert (block_q, weight, bias, scale) == (8, None, None, 0.5)
-    assert isinstance(mapped, BlockMap)
+    assert (added == 0).all(), "the branches are added where it does not fuse"
+    assert routed == [8]
+    weight, bias, phi, scale, given = calls[0]
+    assert (weight, bias, scale) == (None, None, 0.5)
     assert callable(phi)
+    assert given["block_map"] is None
+    assert given["routing"]["block_q"] == 8
+    assert calls[1][-1] == {"block_map": made, "routing": None}
 
 
 def test_callables_are_feature_maps() -> None:

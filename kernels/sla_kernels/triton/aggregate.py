@@ -46,8 +46,11 @@ def aggregate(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """sums = factor * M parts. Grid: heads of the group * ceil(width / BLOCK_N) * ceil(M / BLOCK_M),
-    the last fastest, so that a strip of `parts` is read from memory once."""
+    """sums = factor * M parts.
+
+    Grid: heads of the group * ceil(width / BLOCK_N) * ceil(M / BLOCK_M), the last fastest, so that
+    a strip of `parts` is read from memory once.
+    """
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(width, BLOCK_N)
@@ -65,6 +68,7 @@ def aggregate(
             marginal = mask.load([bh, tile_m * BLOCK_M, start]).reshape([BLOCK_M, BLOCK_K])
         part = parts.load([group_head, start, tile_n * BLOCK_N]).reshape([BLOCK_K, BLOCK_N])
         total = tl.dot(marginal, part, total, input_precision=PRECISION)
-    out = sums + group_head.to(tl.int64) * rows * width + m[:, None].to(tl.int64) * width + n[None, :]
+    row = group_head.to(tl.int64) * rows + m[:, None]
+    out = sums + row * width + n[None, :]
     inside = (m[:, None] < rows) & (n[None, :] < width)
     tl.store(out, (total * factor).to(sums.dtype.element_ty), mask=inside)

@@ -81,8 +81,8 @@ def sparse_branch(
     query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
 ) -> Tensor:
     """O^s, as `reference.sparse_branch`."""
-    if scale <= 0:
-        query, scale = -query, -scale
+    if scale <= 0:  # the kernels take the highest scaled score for the scaled highest score
+        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
     return _attend(query, key, value, None, None, block_map, "softmax", scale, True, False)
 
 
@@ -197,17 +197,22 @@ def _too_large(query: Tensor, block_q: int, block_kv: int) -> bool:
 
 def _in_half(block_map: BlockMap) -> BlockMap:
     """The same classes of the same scores, in blocks of at most 64."""
-    labels, blocks = block_map.labels, []
+    labels = block_map.labels
     for dim, block, tokens in (
         (2, block_map.block_q, block_map.tokens_q),
         (3, block_map.block_kv, block_map.tokens_kv),
     ):
-        blocks.append(min(block, 64))
         if block > 64:
             labels = labels.repeat_interleave(block // 64, dim=dim)
             labels = labels.narrow(dim, 0, num_blocks(tokens, 64))
-    tokens = (block_map.tokens_q, block_map.tokens_kv)
-    return BlockMap(labels.contiguous(), *blocks, *tokens, block_map.key_lengths)
+    return BlockMap(
+        labels.contiguous(),
+        min(block_map.block_q, 64),
+        min(block_map.block_kv, 64),
+        block_map.tokens_q,
+        block_map.tokens_kv,
+        block_map.key_lengths,
+    )
 
 
 def _all_marginal(query: Tensor, key: Tensor) -> BlockMap:

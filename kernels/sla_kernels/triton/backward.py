@@ -195,7 +195,10 @@ def backward_keys(
     TILE_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The sparse branch's dK and dV, added to what is there if ADD. Grid: heads of the group * T_n."""
+    """The sparse branch's dK and dV, added to what is there if ADD.
+
+    Grid: heads of the group * T_n.
+    """
     PARTS_Q: tl.constexpr = BLOCK_Q // TILE_M
     group_bh, rank = program_order(tl.program_id(0), group_heads, blocks_kv, long_columns)
     bh = first_bh + group_bh
@@ -297,7 +300,7 @@ def backward_linear(
         # dV'_j W and V'_j dh_j^T share dh_j W.
         g = d_h
         if PROJ:
-            g = tl.dot(d_h, w, input_precision=PRECISION).to(d_h.dtype)
+            g = tl.dot(d_h, w.to(d_h.dtype), input_precision=PRECISION).to(d_h.dtype)
         x = k.to(tl.float32)
         phi = features(x, FEATURE_MAP, D, P)
         d_phi = tl.dot(v.to(g.dtype), tl.trans(g), input_precision=PRECISION)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -78,10 +77,9 @@ def features_backward(x, phi, grad, FEATURE_MAP: tl.constexpr):
     """Gradient of `features`: float32 tiles of its input, output and output's gradient."""
     if FEATURE_MAP == "softmax":
         return phi * (grad - tl.sum(phi * grad, 1)[:, None])
-    elif FEATURE_MAP == "elu+1":
+    if FEATURE_MAP == "elu+1":
         return tl.where(x > 0, grad, grad * phi)
-    else:
-        return tl.where(x > 0, grad, 0.0)
+    return tl.where(x > 0, grad, 0.0)
 
 
 @triton.jit

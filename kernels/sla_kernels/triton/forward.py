@@ -60,7 +60,6 @@ def forward(
     LINEAR: tl.constexpr,
     BIAS: tl.constexpr,
     LENGTHS: tl.constexpr,
-    SAVE: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -70,7 +69,6 @@ def forward(
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     STAGES: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     """O = O^s + phi(Q) H / (phi(Q) Z) + bias. Grid: heads of the group * T_m * BLOCK_Q / TILE_M."""
     PARTS_Q: tl.constexpr = BLOCK_Q // TILE_M
@@ -96,9 +94,7 @@ def forward(
         highest = tl.full([TILE_M], float("-inf"), tl.float32)
         total = tl.zeros([TILE_M], tl.float32)
         upcoming = tl.load(rows)
-        for step in tl.range(
-            0, full * PARTS_KV, num_stages=STAGES, warp_specialize=WARP_SPECIALIZE
-        ):
+        for step in tl.range(0, full * PARTS_KV, num_stages=STAGES):
             start = upcoming * BLOCK_KV + (step % PARTS_KV) * TILE_N
             upcoming = tl.load(rows + tl.minimum((step + 1) // PARTS_KV, width - 1))
             k = load_tile(key, batch, head, start, TILE_N, P)
@@ -116,9 +112,9 @@ def forward(
                         q, k, v, highest, total, out, scale, tokens_kv - start, True, PRECISION
                     )
         out = out * safe_inverse(total)[:, None]
-        if SAVE:
-            sum_exp = tl.where(count > 0, highest + tl.log2(total), 0.0)
-            tl.store(lse + bh.to(tl.int64) * lse_stride + tokens, sum_exp, mask=tokens < lse_stride)
+        sum_exp = highest + tl.log2(tl.where(count > 0, total, 1.0))
+        sum_exp = tl.where(count > 0, sum_exp, 0.0)
+        tl.store(lse + bh.to(tl.int64) * lse_stride + tokens, sum_exp, mask=tokens < lse_stride)
     if LINEAR:
         columns = tl.arange(0, P)
         index = group_bh * blocks_q + block

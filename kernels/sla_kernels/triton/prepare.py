@@ -13,122 +13,104 @@ from sla_kernels.triton.common import features, load_square, load_tile, store_sq
 
 
 @triton.jit
-def pool_query_block(
-    query,
-    pooled,
-    bh,
-    block,
-    heads,
-    tokens,
-    blocks,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Mean query of a block."""
-    tile = load_tile(query, bh // heads, bh % heads, block * BLOCK, BLOCK, P)
-    count = tl.minimum(tokens - block * BLOCK, BLOCK)
+def mean_rows(tile, count, pooled, place, D: tl.constexpr, P: tl.constexpr):
+    """Store the sum of a tile's rows over count."""
     mean = tl.sum(tile.to(tl.float32), 0) / count
     columns = tl.arange(0, P)
-    place = (tl.zeros([], tl.int64) + bh * blocks + block) * D + columns
-    tl.store(pooled + place, mean, mask=columns < D)
+    tl.store(pooled + place.to(tl.int64) * D + columns, mean, mask=columns < D)
 
 
 @triton.jit
-def prepare(
+def pool(
     query,
     key,
-    value,
-    weight,  # descriptor of Proj as one (D, D) matrix
     lengths,  # int32 (B,)
     pooled_query,  # float32 (B*H, T_m, D)
     pooled_key,  # float32 (B*H, T_n, D)
-    h_sums,  # descriptor of h'_j, (D, D) matrices, divided by the block size
-    z_sums,  # their z_j: the row after each matrix
-    first_bh,
-    group_heads,
+    query_programs,
     heads,
     tokens_q,
     tokens_kv,
     blocks_q,
+    blocks_kv,
+    LENGTHS: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """Mean query and mean key of each block. Grid: B*H*(T_m + T_n)."""
+    pid = tl.program_id(0)
+    if pid < query_programs:
+        bh, block = pid // blocks_q, pid % blocks_q
+        q = load_tile(query, bh // heads, bh % heads, block * BLOCK_Q, BLOCK_Q, P)
+        count = tl.minimum(tokens_q - block * BLOCK_Q, BLOCK_Q)
+        mean_rows(q, count, pooled_query, pid, D, P)
+    else:
+        place = pid - query_programs
+        bh, block = place // blocks_kv, place % blocks_kv
+        k = load_tile(key, bh // heads, bh % heads, block * BLOCK_KV, BLOCK_KV, P)
+        if LENGTHS:
+            tokens_kv = tl.load(lengths + bh // heads)
+            valid = block * BLOCK_KV + tl.arange(0, BLOCK_KV) < tokens_kv
+            k = tl.where(valid[:, None], k, 0.0)
+        count = tl.maximum(tl.minimum(tokens_kv - block * BLOCK_KV, BLOCK_KV), 1)
+        mean_rows(k, count, pooled_key, place, D, P)
+
+
+@triton.jit
+def prepare(
+    key,
+    value,
+    weight,  # descriptor of Proj as one (D, D) matrix
+    lengths,  # int32 (B,)
+    h_sums,  # descriptor of h'_j, (D, D) matrices, divided by the block size
+    z_sums,  # (heads of the group, T_n, D + 1, D): z_j, likewise, is the row after h'_j
+    first_bh,
+    group_heads,
+    heads,
+    tokens,
     blocks,
-    POOL: tl.constexpr,
-    LINEAR: tl.constexpr,
     PROJ: tl.constexpr,
     LENGTHS: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Mean query and key (POOL), h'_j = phi(K_j)^T V_j W^T and z_j (LINEAR) of each block.
-
-    Grid: any number of programs, which share the blocks, so that Proj is read once. The mean
-    queries, which only wait for memory, are taken between the keys' products.
-    """
+    """h'_j = phi(K_j)^T V_j W^T and z_j of each block. Grid: any number of programs, which share
+    the blocks, so that Proj is read once."""
     columns = tl.arange(0, P)
     if PROJ:
         w = load_square(weight, 0, P)
     items = group_heads * blocks
-    if POOL:
-        query_items = group_heads * blocks_q
-        items = tl.maximum(items, query_items)
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=STAGES):
-        if POOL:
-            if item < query_items:
-                pool_query_block(
-                    query,
-                    pooled_query,
-                    first_bh + item // blocks_q,
-                    item % blocks_q,
-                    heads,
-                    tokens_q,
-                    blocks_q,
-                    D,
-                    P,
-                    BLOCK_Q,
-                )
-        # Rounds without a key block of their own do the last one again: a branch around the
-        # products would cost more.
-        item = tl.minimum(item, group_heads * blocks - 1)
         bh, block = first_bh + item // blocks, item % blocks
         batch, head = bh // heads, bh % heads
-        limit = tokens_kv
+        limit = tokens
         if LENGTHS:
             limit = tl.load(lengths + batch)
-        total = tl.zeros([P], tl.float32)
-        if LINEAR:
-            h = tl.zeros([P, P], tl.float32)
-            z = tl.zeros([P], tl.float32)
+        h = tl.zeros([P, P], tl.float32)
+        z = tl.zeros([P], tl.float32)
         for part in tl.static_range(BLOCK // TILE):
             start = block * BLOCK + part * TILE
             valid = start + tl.arange(0, TILE) < limit
             k = load_tile(key, batch, head, start, TILE, P)
+            v = load_tile(value, batch, head, start, TILE, P)
             if LENGTHS:
                 k = tl.where(valid[:, None], k, 0.0)
-            if POOL:
-                total += tl.sum(k.to(tl.float32), 0)
-            if LINEAR:
-                v = load_tile(value, batch, head, start, TILE, P)
-                if LENGTHS:
-                    v = tl.where(valid[:, None], v, 0.0)
-                phi = features(k.to(tl.float32), FEATURE_MAP, D, P)
-                phi = tl.where(valid[:, None], phi, 0.0).to(k.dtype)
-                h = tl.dot(tl.trans(phi), v, h, input_precision=PRECISION)
-                z += tl.sum(phi.to(tl.float32), 0)
-        if POOL:
-            count = tl.maximum(tl.minimum(limit - block * BLOCK, BLOCK), 1)
-            place = (tl.zeros([], tl.int64) + bh * blocks + block) * D + columns
-            tl.store(pooled_key + place, total / count, mask=columns < D)
-        if LINEAR:
-            dtype = z_sums.dtype.element_ty
-            h *= 1.0 / BLOCK
-            if PROJ:
-                h = tl.dot(h.to(w.dtype), tl.trans(w), input_precision=PRECISION)
-            store_square(h_sums, item, h.to(dtype), P)
-            place = (tl.zeros([], tl.int64) + item) * (D + 1) * D + D * D + columns
-            tl.store(z_sums + place, (z * (1.0 / BLOCK)).to(dtype), mask=columns < D)
+                v = tl.where(valid[:, None], v, 0.0)
+            phi = features(k.to(tl.float32), FEATURE_MAP, D, P)
+            phi = tl.where(valid[:, None], phi, 0.0).to(k.dtype)
+            h = tl.dot(tl.trans(phi), v, h, input_precision=PRECISION)
+            z += tl.sum(phi.to(tl.float32), 0)
+        dtype = z_sums.dtype.element_ty
+        h *= 1.0 / BLOCK
+        if PROJ:
+            h = tl.dot(h.to(w.dtype), tl.trans(w), input_precision=PRECISION)
+        store_square(h_sums, item, h.to(dtype), P)
+        place = (tl.zeros([], tl.int64) + item) * (D + 1) * D + D * D + columns
+        tl.store(z_sums + place, (z * (1.0 / BLOCK)).to(dtype), mask=columns < D)

@@ -68,16 +68,19 @@ def route(
     labels,  # int8 (B*H, T_m, T_n)
     rows,  # int32 (B*H, T_m, width)
     counts,  # int32 (B*H, T_m)
+    mask,  # (B*H, T_m, mask_stride): 1 where marginal, else 0, if MASK
     sample_counts,  # int32 (B, 3): T_n, critical and negligible blocks of a row of each sample
     heads,
     blocks_q,
     blocks_kv,
+    mask_stride,
     width,
     chosen,
     skipped,
     forced_q,
     forced_kv,
     LENGTHS: tl.constexpr,
+    MASK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # T_n rounded up to a power of two
 ):
@@ -114,6 +117,9 @@ def route(
     label = tl.where(critical, 1, tl.where(negligible, -1, 0))
 
     tl.store(labels + row[:, None] * blocks_kv + j[None, :], label.to(tl.int8), mask=inside)
+    if MASK:
+        marginal = (label == 0).to(mask.dtype.element_ty)
+        tl.store(mask + row[:, None] * mask_stride + j[None, :], marginal, mask=inside)
     found = critical.to(tl.int32)
     place = tl.cumsum(found, 1) - 1
     target = rows + row[:, None] * width + place

@@ -233,16 +233,28 @@ def _swept(rows: list[Measurement], head: str, label: Callable[[Row], str], *sui
     heads = [head]
     for direction in ("forward", "backward"):
         heads += [f"{direction}: SLA, ms", "x FA2", "x cuDNN"]
+    # Launches from Python cost nothing visible at the long end.
+    graphs = {
+        (m.row["tokens"], m.row["method"]): m.row["ms_graph"]
+        for m in rows
+        if head == "tokens" and m.row.get("ms_graph")
+    }
+    if graphs:
+        heads += ["forward in a CUDA graph: SLA, ms", "x cuDNN"]
     ours = [m for m in rows if m.row["method"] == "sla" and m.row["direction"] != DIRECTIONS[2]]
     lines: dict[float, dict[str, Row]] = {}
     for m in ours:
         lines.setdefault(m.row[head], {})[m.row["direction"]] = m.row
     body = []
-    for _, by in sorted(lines.items()):
+    for value, by in sorted(lines.items()):
         line = [label(next(iter(by.values())))]
         for direction in ("forward", "backward"):
             row = by.get(direction)
             line += [_ms(row), *_ratios(row).split(" / ")]
+        if graphs:
+            sla, cudnn = graphs.get((value, "sla")), graphs.get((value, "cudnn"))
+            line.append(f"{sla:.3f}" if sla else "")
+            line.append(f"{cudnn / sla:.1f}" if sla and cudnn else "")
         body.append(line)
     return _gpu_table(heads, body, ours, *suites)
 
