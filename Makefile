@@ -27,7 +27,7 @@ resume = $(if $(RESUME),run.resume=$(RESUME))
 record = $(if $(RECORD),--record)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data pretrain finetune generate eval bench tables figures tensorboard test test-fast test-gpu lint format typecheck clean
+.PHONY: help setup data pretrain finetune generate eval bench tables figures tensorboard test test-fast test-gpu sanitize lint format typecheck clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,16 @@ test-fast: $(ENVIRONMENT) ## run the tests that take seconds
 test-gpu: export SLA_TEST_GPU := 1
 test-gpu: $(ENVIRONMENT) ## test the operator on a GPU at real shapes
 	$(PY) -m pytest tests/operator $(ARGS)
+
+# Without PyTorch's caching of memory, so that what lies beside a tensor is nobody's.
+SANITIZED ?= test_sanitized and bfloat16
+sanitize: export SLA_TEST_GPU := 1
+sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+sanitize: $(ENVIRONMENT) ## run the kernels under compute-sanitizer on a GPU
+	set -e; for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(PY) -m pytest tests/operator/test_triton.py -k '$(SANITIZED)' --timeout 0 $(ARGS); \
+	done
 
 lint: $(ENVIRONMENT) ## check format, lint and types
 	$(PY) -m ruff check .

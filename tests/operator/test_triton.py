@@ -129,6 +129,18 @@ def test_real_blocks(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("block_kv", [64, 128])
+@pytest.mark.parametrize("block_q", [64, 128])
+@HALVES
+def test_sanitized(dtype: torch.dtype, block_q: int, block_kv: int, device: str) -> None:
+    """Our kernels and no others' (`make sanitize`: a library's may be reported for races)."""
+    case = Case("lengths", 300, 300, 96, block_q, block_kv, key_lengths=(257, 300), heads=1)
+    tensors = inputs(case, dtype, device)
+    for result in with_gradients(sla, tensors, **case.routing(device), backend="triton"):
+        assert result.isfinite().all()
+
+
+@pytest.mark.gpu
 @DTYPES
 def test_a_long_sequence(dtype: torch.dtype, device: str) -> None:
     case = Case("long", 8192, 8192, 64, 64, 64, 0.05, 0.1, batch=1, heads=2)
