@@ -333,7 +333,8 @@ def test_equal_scores(device: str) -> None:
     dtype=st.sampled_from([torch.float32, *HALF]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60 if GPU else 10, deadline=None, derandomize=True)
+@pytest.mark.timeout(900)  # on a GPU every example compiles
+@settings(max_examples=30 if GPU else 10, deadline=None, derandomize=True)
 def test_any_shape_and_routing(
     tokens: tuple[int, int],
     head_dim: int,
