@@ -215,11 +215,14 @@ def _git(*arguments: str) -> str | None:
 
 
 def _commit() -> str:
-    # A copy of the tree without its repository can be told the commit, as CI systems do.
-    return _git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT") or "unknown"
+    # A copy of the tree, with no repository or an older one, can be told the commit, as CI
+    # systems do.
+    return os.environ.get("GIT_COMMIT") or _git("rev-parse", "HEAD") or "unknown"
 
 
 def _dirty() -> bool | None:
+    if os.environ.get("GIT_COMMIT", "") not in ("", _git("rev-parse", "HEAD")):
+        return None  # what differs from another commit says nothing of this one
     status = _git("status", "--porcelain", "--untracked-files=no")
     return None if status is None else bool(status)
 

@@ -156,7 +156,7 @@ def test_figure_6a(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = figure6a.bars(tmp_path / "results")
     assert set(found) == {
         *("FlashAttention2", "cuDNN", "SLA-95%", "SLA-95%\n128x128"),
-        "FlexAttention-95%\n128x128",
+        "Flex sparse-95%\n128x128",
     }
     assert found["SLA-95%"]["forward"].row["tflops_full"] == pytest.approx(5495, rel=1e-3)
     monkeypatch.chdir(tmp_path)

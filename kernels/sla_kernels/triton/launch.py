@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from sla_kernels.block_map import block_counts, num_blocks, sample_counts
@@ -18,7 +17,7 @@ from sla_kernels.triton import forward as forward_kernels
 from sla_kernels.triton import prepare as prepare_kernels
 from sla_kernels.triton import routing as routing_kernels
 from sla_kernels.triton import tiling
-from sla_kernels.triton.calls import Calls, padded
+from sla_kernels.triton.calls import Calls, next_power_of_two, padded
 
 FEATURE_MAPS = ("softmax", "elu+1", "relu")
 BLOCKS = (16, 32, 64, 128)  # 64 and 128 are for use, the small ones for tests in the interpreter
@@ -182,8 +181,9 @@ def attend(
     written = described(output)
     optional = tuple(tensor is None for tensor in (weight, bias, key_lengths))
     table = None if routed is None else routed.rows.shape
+    groups = tuple(head_groups(query, key, problem))
     calls = Calls(
-        ("attend", *_layout(query, key, value, written), optional, table, routing, problem)
+        ("attend", *_layout(query, key, value, written), optional, table, groups, routing, problem)
     )
     t_m = num_blocks(tokens_q, problem.block_q)
     t_n = num_blocks(key.shape[2], problem.block_kv)
@@ -195,7 +195,7 @@ def attend(
         _route(calls, query, key, key_lengths, routing, problem, routed, mask)
     elif mask is not None:
         _fill_mask(calls, routed.labels, mask)
-    for group in head_groups(query, key, problem):
+    for group in groups:
         sums = None
         if mask is not None:
             parts = _prepare(calls, key, value, weight, key_lengths, problem, group)
@@ -265,7 +265,8 @@ def attend_backward(
     proj, bias, key_lengths = aligned(weight), aligned(bias), aligned(key_lengths)
     optional = tuple(tensor is None for tensor in (weight, bias, key_lengths))
     layout = _layout(query, key, value, output, grad, d_query, d_key, d_value)
-    calls = Calls(("backward", *layout, optional, routed.rows.shape, problem))
+    groups = tuple(head_groups(query, key, problem))
+    calls = Calls(("backward", *layout, optional, routed.rows.shape, groups, problem))
     t_m, t_n = routed.labels.shape[2:]
     delta = torch.empty_like(lse)
     mask = None
@@ -292,7 +293,7 @@ def attend_backward(
         "P": padded(head_dim),
         "BLOCK_KV": problem.block_kv,
     }
-    for group in head_groups(query, key, problem):
+    for group in groups:
         sums = d_sums = None
         if mask is not None:
             parts = _prepare(calls, key, value, proj, key_lengths, problem, group)
@@ -510,8 +511,8 @@ def _route(
             problem.block_kv,
             routing.always_critical,
         )
-    columns = max(16, triton.next_power_of_2(t_n))
-    lines = max(1, min(8, _ROUTE_TILE // columns, triton.next_power_of_2(t_m)))
+    columns = max(16, next_power_of_two(t_n))
+    lines = max(1, min(8, _ROUTE_TILE // columns, next_power_of_two(t_m)))
     calls.launch(
         routing_kernels.route,
         batch * heads * num_blocks(t_m, lines),
@@ -551,7 +552,7 @@ def _fill_mask(calls: Calls, labels: Tensor, mask: Tensor) -> None:
         mask,
         t_n,
         mask.shape[2],
-        COLUMNS=min(1024, triton.next_power_of_2(t_n)),
+        COLUMNS=min(1024, next_power_of_two(t_n)),
     )
 
 
