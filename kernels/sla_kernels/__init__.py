@@ -5,9 +5,10 @@
 routes blocks into critical (exact attention), marginal (linear attention) and negligible (skipped)
 and computes O = O^s + Proj(O^l), differentiably. `classify_blocks` gives the routing alone,
 `sparse_attention` and `linear_attention` one branch. Tensors are (batch, heads, tokens, head_dim)
-with any strides. Needs nothing but torch.
+with any strides. Needs nothing but torch, and Triton for the fused kernels.
 
-Backends: `eager` (block-gather PyTorch, any device), `reference` (the dense definition, O(N^2)).
+Backends: `triton` (fused kernels, forward and backward, taken on a GPU), `eager` (block-gather
+PyTorch, any device), `reference` (the dense definition, O(N^2)).
 """
 
 from sla_kernels.block_map import BlockMap
