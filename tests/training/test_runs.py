@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,19 @@ def test_a_run_that_goes_on_equals_the_uninterrupted_one(config: Path, pretraine
     assert not (run / "summary.json").exists(), "the run was over before it could be killed"
     assert main(["pretrain", "--config", str(config), name]) == 0
     assert_same_run(run, pretrained)
+
+
+def test_the_point_of_the_checkpointed_step_is_not_lost(config: Path, pretrained: Path) -> None:
+    """A run can be killed after a step's checkpoint and before its point of the curves."""
+    run = config.parent / "runs" / "killed"
+    shutil.copytree(pretrained, run)
+    shutil.rmtree(run / "tensorboard")
+    (run / "summary.json").unlink()
+    arguments = ["pretrain", "--config", str(config), "run.name=killed"]
+    assert main([*arguments, "trainer.max_steps=8"]) == 0
+    found = losses(run)
+    assert set(found) == {5, 6, 7}
+    assert found[5] == losses(pretrained)[5]
 
 
 def test_resume_from_a_named_checkpoint(config: Path, pretrained: Path) -> None:

@@ -132,7 +132,7 @@ def build_trainer(
         Throughput(config.log_every),
         LearningRateMonitor("step"),
         AttentionStatistics(),
-        LastCheckpoint(folder / "checkpoints", config.checkpoint_every),
+        LastCheckpoint(folder / "checkpoints", config.checkpoint_every, config.log_every),
         best_checkpoint(folder / "checkpoints"),
     ]
     if optim.ema_decay:

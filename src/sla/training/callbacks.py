@@ -217,12 +217,16 @@ def log_videos(logger: Any, videos: np.ndarray, step: int, fps: float) -> None:
 class LastCheckpoint(ModelCheckpoint):
     """`last.ckpt`: replaced, whole or not at all, every n steps and after the last one.
 
+    Lightning writes a step's point of the training curves after the step's checkpoint. The
+    checkpoint holds the point too, so that a run killed between the two does not lose it.
+
     Args:
         folder: where it is kept.
         every: optimiser steps between two checkpoints.
+        log_every: optimiser steps between two points of the curves.
     """
 
-    def __init__(self, folder: Path, every: int) -> None:
+    def __init__(self, folder: Path, every: int, log_every: int) -> None:
         super().__init__(
             dirpath=folder,
             filename="last",
@@ -230,6 +234,8 @@ class LastCheckpoint(ModelCheckpoint):
             save_top_k=1,
             enable_version_counter=False,
         )
+        self.log_every = log_every
+        self._point: dict[str, Any] | None = None
 
     def on_train_batch_end(
         self,
@@ -243,6 +249,27 @@ class LastCheckpoint(ModelCheckpoint):
         finished = trainer.global_step >= trainer.max_steps
         if finished and self._last_global_step_saved != trainer.global_step:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.global_step % self.log_every:
+            return  # this step has no point
+        metrics = trainer.logged_metrics.items()
+        point = {name: float(value) for name, value in metrics if name.startswith("train/")}
+        checkpoint["curve_point"] = {"step": trainer.global_step - 1, "metrics": point}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._point = checkpoint.get("curve_point")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        # Another run's checkpoint is where this run starts, not a part of its curves.
+        own = Path(str(trainer.ckpt_path)).resolve().parent == Path(str(self.dirpath)).resolve()
+        if own and self._point and trainer.logger is not None:
+            trainer.logger.log_metrics(self._point["metrics"], self._point["step"])
 
 
 def best_checkpoint(folder: Path) -> ModelCheckpoint:
