@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sla.files import write_text
+
 RESULTS = Path("results")
 _PACKAGES = ("torch", "triton", "lightning", "diffusers")
 
@@ -91,14 +93,7 @@ def write_results(
     head = provenance(seed, command)
     path = root / benchmark / f"{_stem(head)}.jsonl"
     lines = [{"provenance": head}, *rows]
-    # Whole or not there. (sla.data.files does the same, but needs what decodes videos.)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from sla.cli import weights
 from sla.cli.quiet import quiet_lightning
 from sla.config import load_experiment
-from sla.data.files import write_text
 from sla.data.video import picture_strip, write_picture, write_video
+from sla.files import write_text
 from sla.results import provenance
 from sla.training.build import sampling_device
 from sla.training.run import sample_videos

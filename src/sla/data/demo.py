@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sla.data.files import atomic_path, sha256, write_text
 from sla.data.video import Frames, VideoError, probe, read_frames, resize_crop, write_video
+from sla.files import atomic_path, sha256, write_text
 
 log = logging.getLogger(__name__)
 

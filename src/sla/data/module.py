@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sla.data.files import sha256
 from sla.data.manifest import NO_DATA, Clip, ClipSet, DataError, FaultLog, load_clips
 from sla.data.video import Frames, VideoError, VideoInfo, read_frames, resize_crop, to_tensor
+from sla.files import sha256
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from sla.data.files import atomic_path
+from sla.files import atomic_path
 
 Frames = NDArray[np.uint8]
 VideoSource = str | os.PathLike[str] | io.BytesIO

@@ -21,7 +21,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from sla.data.files import write_text
+from sla.files import write_text
 from sla.training.config import RunConfig
 
 log = logging.getLogger(__name__)
