@@ -131,6 +131,16 @@ class BlockMap:
         return labels.masked_fill(padding[:, None, None], NEGLIGIBLE)
 
 
+def all_marginal(
+    query: Tensor, key: Tensor, block: int, key_lengths: Tensor | None = None
+) -> BlockMap:
+    """The map of linear attention over all valid keys, in blocks of `block` tokens."""
+    tokens_q, tokens_kv = query.shape[2], key.shape[2]
+    shape = (*query.shape[:2], num_blocks(tokens_q, block), num_blocks(tokens_kv, block))
+    labels = query.new_full(shape, MARGINAL, dtype=torch.int8)
+    return BlockMap(labels, block, block, tokens_q, tokens_kv, key_lengths)
+
+
 def num_blocks(tokens: int, block: int) -> int:
     """ceil(tokens / block)."""
     # Not -(-tokens // block): with a symbolic number of tokens that is not simplified.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sla_kernels import eager, reference
-from sla_kernels.block_map import MARGINAL, BlockMap, num_blocks, route
+from sla_kernels.block_map import BlockMap, all_marginal, route
 from sla_kernels.feature_maps import FeatureMap, get_feature_map
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -287,7 +287,8 @@ def linear_attention(
             raise ValueError(_BOTH)
         _check_block_map(query, key, block_map)
     elif key_lengths is not None:
-        block_map = _all_marginal(query, key, _key_lengths(query, key, key_lengths))
+        lengths = _key_lengths(query, key, key_lengths)
+        block_map = all_marginal(query, key, _BLOCK, lengths)
     phi = get_feature_map(feature_map)
     block_q, block_kv = (
         (_BLOCK, _BLOCK) if block_map is None else (block_map.block_q, block_map.block_kv)
@@ -447,14 +448,6 @@ def _check_range(key_lengths: Tensor, tokens_kv: int) -> None:
     values = key_lengths.tolist()
     if not all(0 <= length <= tokens_kv for length in values):
         raise ValueError(f"key_lengths is {values}; each must be in [0, {tokens_kv}]")
-
-
-def _all_marginal(query: Tensor, key: Tensor, key_lengths: Tensor | None) -> BlockMap:
-    """The map of linear attention over all valid keys."""
-    tokens_q, tokens_kv = query.shape[2], key.shape[2]
-    shape = (*query.shape[:2], num_blocks(tokens_q, _BLOCK), num_blocks(tokens_kv, _BLOCK))
-    labels = torch.full(shape, MARGINAL, dtype=torch.int8, device=query.device)
-    return BlockMap(labels, _BLOCK, _BLOCK, tokens_q, tokens_kv, key_lengths)
 
 
 def _check_projection(query: Tensor, proj_weight: Tensor | None, proj_bias: Tensor | None) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sla_kernels import classify_blocks
 from sla_kernels import sparse_linear_attention as sla
 from sla_kernels.testing import Case, random_inputs, random_projection, with_gradients
 from torch import Tensor
@@ -57,6 +58,23 @@ def test_other_shapes_strides_and_numbers_are_other_calls(device: str) -> None:
         for case, expected in zip(variants, alone, strict=True):
             found = run(case, 0, device)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_map_at_an_odd_address_is_no_other_map(device: str) -> None:
+    """The record of the first call is of kernels for addresses on 16-byte boundaries."""
+    tensors = random_inputs(PLAIN, DTYPE, 0, device)
+    projection = random_projection(PLAIN.head_dim, DTYPE, device)
+    given = classify_blocks(*tensors[:2], **PLAIN.routing(device), backend="eager")
+    odd = torch.empty(given.labels.numel() + 1, dtype=torch.int8, device=device)[1:]
+    odd = odd.view(given.labels.shape).copy_(given.labels)
+    assert odd.data_ptr() % 16
+    found = [
+        with_gradients(
+            sla, [*tensors, *projection], block_map=replace(given, labels=labels), backend="triton"
+        )
+        for labels in (given.labels, odd)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_records_keep_no_tensors(device: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sla_kernels import eager, feature_maps
-from sla_kernels.block_map import CRITICAL, MARGINAL, BlockMap, num_blocks
+from sla_kernels.block_map import CRITICAL, MARGINAL, BlockMap, all_marginal, num_blocks
 from sla_kernels.block_map import route as plain_route
 from sla_kernels.feature_maps import FeatureMap
 from sla_kernels.triton import launch, operators
@@ -98,7 +98,7 @@ def linear_branch(
     if name is None:
         return eager.linear_branch(query, key, value, block_map, feature_map)
     if block_map is None:
-        block_map = _all_marginal(query, key)
+        block_map = all_marginal(query, key, 128)
     return _attend(query, key, value, None, None, block_map, name, 1.0, False, True)
 
 
@@ -126,8 +126,9 @@ def fused(
     bias = None if proj_bias is None else proj_bias.to(query.dtype)
     if block_map is None:
         assert routing is not None
-        blocks = num_blocks(key.shape[2], routing["block_kv"])
-        if blocks <= launch.MAX_ROUTED_BLOCKS and not _too_large(query, **_blocks(routing)):
+        block_q, block_kv = routing["block_q"], routing["block_kv"]
+        blocks = num_blocks(key.shape[2], block_kv)
+        if blocks <= launch.MAX_ROUTED_BLOCKS and not _too_large(query, block_q, block_kv):
             output, *_ = operators.sparse_linear_attention(
                 query,
                 key,
@@ -137,8 +138,8 @@ def fused(
                 routing["key_lengths"],
                 routing["critical"],
                 routing["negligible"],
-                routing["block_q"],
-                routing["block_kv"],
+                block_q,
+                block_kv,
                 routing["always_critical"],
                 name,
                 scale,
@@ -164,8 +165,10 @@ def _attend(
         block_map = _in_half(block_map)
     if block_map.row_table is not None:
         rows, counts = block_map.row_table
-    else:
+    elif sparse:
         rows, counts = operators.row_table(block_map.labels)
+    else:  # not looked at
+        rows = counts = block_map.labels.new_empty((1, 1, 1, 1), dtype=torch.int32)
     output, _ = operators.attend(
         query,
         key,
@@ -184,10 +187,6 @@ def _attend(
         linear,
     )
     return output
-
-
-def _blocks(routing: dict[str, Any]) -> dict[str, int]:
-    return {name: routing[name] for name in ("block_q", "block_kv")}
 
 
 def _too_large(query: Tensor, block_q: int, block_kv: int) -> bool:
@@ -213,12 +212,6 @@ def _in_half(block_map: BlockMap) -> BlockMap:
         block_map.tokens_kv,
         block_map.key_lengths,
     )
-
-
-def _all_marginal(query: Tensor, key: Tensor) -> BlockMap:
-    t_m, t_n = num_blocks(query.shape[2], 128), num_blocks(key.shape[2], 128)
-    labels = query.new_full((*query.shape[:2], t_m, t_n), MARGINAL, dtype=torch.int8)
-    return BlockMap(labels, 128, 128, query.shape[2], key.shape[2])
 
 
 assert CRITICAL == 1  # kernels compare labels with numbers

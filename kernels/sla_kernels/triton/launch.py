@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -19,7 +20,6 @@ from sla_kernels.triton import routing as routing_kernels
 from sla_kernels.triton import tiling
 from sla_kernels.triton.calls import Calls, next_power_of_two, padded
 
-FEATURE_MAPS = ("softmax", "elu+1", "relu")
 BLOCKS = (16, 32, 64, 128)  # 64 and 128 are for use, the small ones for tests in the interpreter
 MAX_HEAD_DIM = 128
 MAX_ROUTED_BLOCKS = 4096  # a row of scores stays in registers
@@ -44,7 +44,7 @@ class Problem:
         block_q, block_kv: tokens in a block.
         long_rows: leading query blocks of every head that hold many more critical blocks than the
             others; they are started first.
-        feature_map: one of FEATURE_MAPS.
+        feature_map: `softmax`, `elu+1` or `relu`.
         scale: factor on the scores, positive.
         sparse, linear: which branches are computed.
     """
@@ -103,8 +103,12 @@ def described(tensor: Tensor) -> Tensor:
     return tensor if legal else tensor.clone(memory_format=torch.contiguous_format)
 
 
+@overload
+def aligned(tensor: Tensor) -> Tensor: ...
+@overload
+def aligned(tensor: Tensor | None) -> Tensor | None: ...
 def aligned(tensor: Tensor | None) -> Tensor | None:
-    """The tensor contiguous and on a 16-byte boundary."""
+    """The tensor contiguous and on a 16-byte boundary, as records of launches (`Calls`) assume."""
     if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

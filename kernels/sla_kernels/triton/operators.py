@@ -56,7 +56,7 @@ def _(
 def row_table(labels: Tensor) -> tuple[Tensor, Tensor]:
     """`critical_blocks` and `critical_counts` of a `BlockMap` from its labels."""
     with _device_of(labels):
-        return launch.row_tables(labels.contiguous(), columns=False)
+        return launch.row_tables(launch.aligned(labels), columns=False)
 
 
 @row_table.register_fake
@@ -137,7 +137,7 @@ def attend(
     """One branch, or both, of a given routing: output and log-sum-exp."""
     with _device_of(query):
         problem = Problem(block_q, block_kv, 0, feature_map, scale, sparse, linear)
-        routed = Routed(labels.contiguous(), rows.contiguous(), counts.contiguous())
+        routed = Routed(*(launch.aligned(tensor) for tensor in (labels, rows, counts)))
         output, lse, _ = launch.attend(
             query, key, value, weight, bias, key_lengths, problem, routed=routed
         )
@@ -190,7 +190,7 @@ def attend_backward(
     """Gradients of query, key, value, weight and bias; empty where there is no such tensor."""
     with _device_of(query):
         problem = Problem(block_q, block_kv, long_rows, feature_map, scale, sparse, linear)
-        routed = Routed(labels.contiguous(), rows.contiguous(), counts.contiguous())
+        routed = Routed(*(launch.aligned(tensor) for tensor in (labels, rows, counts)))
         d_query, d_key, d_value, d_weight, d_bias = launch.attend_backward(
             grad, query, key, value, weight, bias, key_lengths, output, lse, routed, problem
         )

@@ -6,7 +6,7 @@ Shape letters: B batch, H heads, N tokens, D head_dim, T_m and T_n query and key
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,10 +94,9 @@ def _flex(inputs: Inputs) -> Callable[[], Tensor]:
     """FlexAttention, compiled, over the critical blocks; its BlockMask is made here, untimed."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    given = inputs.block_map
-    critical = given.labels == CRITICAL
-    full = critical.sum(-1, dtype=torch.int32)
-    indices = (~critical).to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)
+    # FlexAttention takes a table as wide as the map: not the router's narrow one.
+    given = replace(inputs.block_map, row_table=None)
+    full, indices = given.critical_counts, given.critical_blocks
     partial = torch.zeros_like(full)
     mask = BlockMask.from_kv_blocks(
         partial,
