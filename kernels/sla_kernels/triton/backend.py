@@ -129,7 +129,8 @@ def fused(
         block_q, block_kv = routing["block_q"], routing["block_kv"]
         blocks = num_blocks(key.shape[2], block_kv)
         if blocks <= launch.MAX_ROUTED_BLOCKS and not _too_large(query, block_q, block_kv):
-            output, *_ = operators.sparse_linear_attention(
+            output, *_ = operators.run(
+                operators.sparse_linear_attention,
                 query,
                 key,
                 value,
@@ -169,7 +170,8 @@ def _attend(
         rows, counts = operators.row_table(block_map.labels)
     else:  # not looked at
         rows = counts = block_map.labels.new_empty((1, 1, 1, 1), dtype=torch.int32)
-    output, _ = operators.attend(
+    output, _ = operators.run(
+        operators.attend,
         query,
         key,
         value,

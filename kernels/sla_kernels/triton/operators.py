@@ -2,14 +2,19 @@
 
 `torch.compile` sees one operator and no graph break. Results have the strides of what they belong
 to: a query that is a transposed (B, N, H, D) tensor gives an output that is one too.
+
+In eager mode `run` and the backward call the functions behind the operators themselves: a custom
+operator with gradients costs the host 0.4 ms a call, more than the kernels take at 8,192 tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sla_kernels.triton import launch
 from sla_kernels.triton.launch import Problem, Routed, Routing
@@ -66,8 +71,7 @@ def _(labels: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("sla_kernels::sparse_linear_attention", mutates_args=())
-def sparse_linear_attention(
+def _sparse_linear_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -93,6 +97,11 @@ def sparse_linear_attention(
         return output, lse, routed.labels, routed.rows, routed.counts
 
 
+sparse_linear_attention = torch.library.custom_op(
+    "sla_kernels::sparse_linear_attention", _sparse_linear_attention, mutates_args=()
+)
+
+
 @sparse_linear_attention.register_fake
 def _(
     query: Tensor,
@@ -116,8 +125,7 @@ def _(
     return torch.empty_like(query), lse, routed.labels, routed.rows, routed.counts
 
 
-@torch.library.custom_op("sla_kernels::attend", mutates_args=())
-def attend(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -144,6 +152,9 @@ def attend(
         return output, lse
 
 
+attend = torch.library.custom_op("sla_kernels::attend", _attend, mutates_args=())
+
+
 @attend.register_fake
 def _(
     query: Tensor,
@@ -165,8 +176,7 @@ def _(
     return torch.empty_like(query), launch.new_row_numbers(query)
 
 
-@torch.library.custom_op("sla_kernels::attend_backward", mutates_args=())
-def attend_backward(
+def _attend_backward(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -202,6 +212,11 @@ def attend_backward(
             nothing if d_weight is None else d_weight,
             nothing.clone() if d_bias is None else d_bias,
         )
+
+
+attend_backward = torch.library.custom_op(
+    "sla_kernels::attend_backward", _attend_backward, mutates_args=()
+)
 
 
 @attend_backward.register_fake
@@ -266,7 +281,8 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Te
     if grad is None:
         return (None,) * ctx.inputs
     query, key, value, weight, bias, lengths, output, lse, *tables = ctx.saved_tensors
-    grads = attend_backward(
+    backward = attend_backward if _observed(grad, query) else _attend_backward
+    grads = backward(
         grad, query, key, value, weight, bias, lengths, output, lse, *tables, *ctx.numbers
     )
     wanted = [
@@ -278,3 +294,49 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Te
 
 sparse_linear_attention.register_autograd(_backward, setup_context=_save_routed)
 attend.register_autograd(_backward, setup_context=_save_given)
+
+# An operator's function, and what keeps its inputs and results for the backward.
+_DIRECT: dict[Any, tuple[Callable[..., Any], Callable[..., None]]] = {
+    sparse_linear_attention: (_sparse_linear_attention, _save_routed),
+    attend: (_attend, _save_given),
+}
+
+
+def run(operator: Any, *inputs: Any) -> Any:
+    """operator(*inputs), by the shortest way that nobody can tell from it."""
+    if _observed(*inputs[:3]):
+        return operator(*inputs)
+    function, save = _DIRECT[operator]
+    if torch.is_grad_enabled() and any(
+        isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs[:5]
+    ):
+        return _Direct.apply(function, save, *inputs)
+    return function(*inputs)
+
+
+def _observed(*tensors: Tensor) -> bool:
+    """Whether someone needs to see the operator: a compiler, a dispatch mode (fake tensors, FLOP
+    counters, selective checkpointing), a functional transform, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """The same gradients as the operators'."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[..., Any], save: Callable[..., None], *inputs: Any
+    ) -> Any:
+        output = function(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, None, *_backward(ctx, *grads))
