@@ -31,9 +31,14 @@ class BlockMap:
         key_lengths: int32 (B,): the first keys of each sample that count, 0 to N_kv; the rest is
             padding. None: all N_kv.
         row_table: `critical_blocks` and `critical_counts`, if whoever built the map has them.
+        block_lengths: int32 (T_n,): the first keys of each key block that count, 1 to block_kv, in
+            every sample and head; the rest of the block is filling that the caller put there to
+            make blocks of unequal parts (any finite numbers). For the sparse branch alone, with
+            whole blocks and without key_lengths. None: all.
 
     Raises:
-        ValueError: a tensor of the wrong shape for these tokens and blocks, or on another device.
+        ValueError: a tensor of the wrong shape for these tokens and blocks, or on another device;
+            block_lengths beside key_lengths or a short last block.
         TypeError: labels that are not int8, lengths or a table that are not int32.
     """
 
@@ -44,6 +49,7 @@ class BlockMap:
     tokens_kv: int
     key_lengths: Tensor | None = None
     row_table: tuple[Tensor, Tensor] | None = None
+    block_lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.labels.dtype != torch.int8:
@@ -65,6 +71,14 @@ class BlockMap:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape}")
             if tensor.device != self.labels.device:
                 raise ValueError(f"{name} is on {tensor.device}, labels on {self.labels.device}")
+        if self.block_lengths is not None:
+            if self.key_lengths is not None:
+                raise ValueError("block_lengths is given beside key_lengths; give one of them")
+            if self.tokens_kv % self.block_kv:
+                raise ValueError(
+                    f"block_lengths is given with {self.tokens_kv} keys, no multiple of block_kv = "
+                    f"{self.block_kv}; fill the last block up too"
+                )
         if self.key_lengths is not None and self.row_table is None:
             padding = past_length(self.key_lengths, wanted[1], self.block_kv)
             labels = self.labels.masked_fill(padding[:, None, None], NEGLIGIBLE)
@@ -76,6 +90,8 @@ class BlockMap:
         found: list[tuple[str, Tensor, tuple[int, ...]]] = []
         if self.key_lengths is not None:
             found.append(("key_lengths", self.key_lengths, (batch,)))
+        if self.block_lengths is not None:
+            found.append(("block_lengths", self.block_lengths, (t_n,)))
         if self.row_table is not None:
             blocks, counts = self.row_table
             width = min(blocks.shape[-1], t_n) if blocks.ndim else 0
@@ -118,13 +134,32 @@ class BlockMap:
         names = {"critical": CRITICAL, "marginal": MARGINAL, "negligible": NEGLIGIBLE}
         return {name: (self.labels == label).sum().item() / total for name, label in names.items()}
 
+    def exact_fraction(self) -> float:
+        """Share of all scores that are critical, by tokens: short blocks count less, filling not
+        at all. Waits for the device."""
+        device = self.labels.device
+        starts = torch.arange(0, self.tokens_q, self.block_q, device=device)
+        queries = (self.tokens_q - starts).clamp(max=self.block_q).double()
+        if self.block_lengths is None:
+            starts = torch.arange(0, self.tokens_kv, self.block_kv, device=device)
+            keys = (self.tokens_kv - starts).clamp(max=self.block_kv).double()
+        else:
+            keys = self.block_lengths.double()
+        critical = torch.einsum("bhmn,m,n->", (self.labels == CRITICAL).double(), queries, keys)
+        heads = self.labels.shape[0] * self.labels.shape[1]
+        return critical.item() / (heads * self.tokens_q * keys.sum().item())
+
     def token_labels(self) -> Tensor:
-        """int8 (B, H, N_q, N_kv): the class of every score, negligible for padding keys.
+        """int8 (B, H, N_q, N_kv): the class of every score, negligible for padding and filling.
 
         For references and pictures only.
         """
         rows = self.labels.repeat_interleave(self.block_q, dim=2)[:, :, : self.tokens_q]
         labels = rows.repeat_interleave(self.block_kv, dim=3)[..., : self.tokens_kv]
+        if self.block_lengths is not None:
+            token = torch.arange(self.block_kv, device=labels.device)
+            filling = (token >= self.block_lengths[:, None]).flatten()
+            return labels.masked_fill(filling, NEGLIGIBLE)
         if self.key_lengths is None:
             return labels
         padding = past_length(self.key_lengths, self.tokens_kv)

@@ -27,14 +27,22 @@ _CHUNK_GPU = 2**26
 
 
 def sparse_branch(
-    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
-) -> Tensor:
-    """O^s, as `reference.sparse_branch`; padding keys and values may hold anything, NaN too."""
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap,
+    scale: float,
+    want_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """O^s and its log-sum-exp, as `reference.sparse_branch`.
+
+    Padding keys and values may hold anything, NaN too.
+    """
     if block_map.key_lengths is not None:
         padding = _padding(block_map.key_lengths, key)
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
-    output: Tensor = _SparseBranch.apply(query, key, value, block_map, scale)
-    return output
+    output, lse = _SparseBranch.apply(query, key, value, block_map, scale)
+    return output, lse
 
 
 def linear_branch(
@@ -85,7 +93,7 @@ class _SparseBranch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         accurate = _accumulation_dtype(query)
         queries = _blocks(query, block_map.block_q, accurate)
         keys = _blocks(key, block_map.block_kv, accurate)
@@ -99,11 +107,12 @@ class _SparseBranch(torch.autograd.Function):
             shift = torch.where(lse == -math.inf, 0.0, lse) if chunk.mask is not None else lse
             weights = scores.sub_(shift.unsqueeze(-1)).exp_()
             output[chunk.rows] = weights @ _gather(values, chunk.keys)
-            log_sum_exp[chunk.rows] = shift
+            log_sum_exp[chunk.rows] = lse
         result = _unblocks(output, query.shape, query.dtype)
         ctx.save_for_backward(query, key, value, result, log_sum_exp)
         ctx.block_map, ctx.scale = block_map, scale
-        return result
+        lse = _unblocks(log_sum_exp.unsqueeze(-1), (*query.shape[:3], 1), accurate).squeeze(-1)
+        return result, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,10 +124,14 @@ class _SparseBranch(torch.autograd.Function):
         values = _blocks(value, block_map.block_kv, accurate)
         grad_out = _blocks(grads[0], block_map.block_q, accurate)
         delta = (grad_out * _blocks(result, block_map.block_q, accurate)).sum(-1, keepdim=True)
+        # The log-sum-exp's derivative by a score is its weight, so its gradient joins delta.
+        delta = delta - _blocks(grads[1].unsqueeze(-1), block_map.block_q, accurate)
         d_query, d_key, d_value = (torch.zeros_like(t) for t in (queries, keys, values))
         for chunk in _chunks(block_map, query.shape[-1]):
             weights = _scores(queries, keys, chunk, scale)
-            weights = weights.sub_(log_sum_exp[chunk.rows].unsqueeze(-1)).exp_()
+            lse = log_sum_exp[chunk.rows]
+            shift = torch.where(lse == -math.inf, 0.0, lse) if chunk.mask is not None else lse
+            weights = weights.sub_(shift.unsqueeze(-1)).exp_()
             d_out = grad_out[chunk.rows]
             _scatter_add(d_value, chunk.keys, weights.transpose(1, 2) @ d_out)
             d_scores = d_out @ _gather(values, chunk.keys).transpose(1, 2)
@@ -247,9 +260,11 @@ def _chunks(block_map: BlockMap, head_dim: int) -> Iterator[_Chunk]:
         if shortest != longest:
             used = torch.arange(length, device=counts.device) < counts[chunk_rows, None]
             mask = used[..., None].expand(-1, -1, block_kv)
-        if ragged or lengths is not None:
+        if ragged or lengths is not None or block_map.block_lengths is not None:
             tokens = torch.arange(block_kv, device=counts.device)
-            if lengths is None:
+            if block_map.block_lengths is not None:
+                real = tokens < block_map.block_lengths[blocks][..., None]
+            elif lengths is None:
                 real = (blocks[..., None] < t_n - 1) | (tokens < ragged)
             else:
                 sample = torch.div(chunk_rows, heads * t_m, rounding_mode="floor")

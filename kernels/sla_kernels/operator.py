@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,9 @@ from sla_kernels.feature_maps import FeatureMap, get_feature_map
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-SparseBranch = Callable[[Tensor, Tensor, Tensor, BlockMap, float], Tensor]
+SparseBranch = Callable[
+    [Tensor, Tensor, Tensor, BlockMap, float, bool], tuple[Tensor, Tensor | None]
+]
 LinearBranch = Callable[[Tensor, Tensor, Tensor, BlockMap | None, FeatureMap], Tensor]
 
 
@@ -32,7 +34,9 @@ class Backend:
     """An implementation of the two branches, and of more where it has it.
 
     Attributes:
-        sparse_branch: (query, key, value, block_map, scale) -> O^s.
+        sparse_branch: (query, key, value, block_map, scale, want_lse) -> O^s, and the natural
+            log-sum-exp of each row's scaled critical scores, (B, H, N_q), float32 or wider, -inf
+            for a row without (may be None if not wanted); both differentiable.
         linear_branch: (query, key, value, block_map or None, feature_map) -> O^l, possibly in a
             wider dtype than the inputs.
         unsupported_reason: (query, block_q, block_kv) -> why it cannot work on such tensors in
@@ -45,8 +49,8 @@ class Backend:
             branches are added.
         route: as `block_map.route`, with the same blocks; None: that one.
 
-    All of them honour `block_map.key_lengths`: padding keys and values add nothing to the output
-    and get zero gradients.
+    All of them honour `block_map.key_lengths`, and `sparse_branch` `block_lengths`: padding keys
+    and values add nothing to the output and get zero gradients.
     """
 
     sparse_branch: SparseBranch
@@ -208,7 +212,7 @@ def sparse_linear_attention(
         if block_map is None:
             assert routing is not None
             block_map = (chosen.route or route)(query, key, scale=factor, **routing)
-        sparse = chosen.sparse_branch(query, key, value, block_map, factor)
+        sparse, _ = chosen.sparse_branch(query, key, value, block_map, factor, False)
         linear = chosen.linear_branch(query, key, value, block_map, phi)
         if proj_weight is not None:
             bias = None if proj_bias is None else proj_bias.to(linear.dtype)
@@ -235,10 +239,12 @@ def attention_branches(
     phi = get_feature_map(feature_map)
     chosen = _backend(backend, query, block_map.block_q, block_map.block_kv)
     with torch.autocast(query.device.type, enabled=False):
-        sparse = chosen.sparse_branch(query, key, value, block_map, _scale(query, scale))
+        factor = _scale(query, scale)
+        sparse, _ = chosen.sparse_branch(query, key, value, block_map, factor, False)
         return Branches(sparse, chosen.linear_branch(query, key, value, block_map, phi))
 
 
+@overload
 def sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -247,20 +253,54 @@ def sparse_attention(
     *,
     scale: float | None = None,
     backend: str = "auto",
-) -> Tensor:
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The sparse branch alone: exact attention over the critical blocks (equation 4).
 
     Args:
         block_map: whose critical blocks are used; marginal and negligible ones are skipped.
+        return_lse: return the log-sum-exp too. Attention over disjoint sets of keys is then merged
+            exactly: O = sum_i exp(L_i - L) O_i with L = logsumexp_i(L_i).
 
     Other arguments, result and errors as `sparse_linear_attention`. A row without critical blocks
     gives zero.
+
+    Returns:
+        output, (B, H, N_q, D) in the dtype of `query`; with `return_lse` (output, lse), lse the
+        natural log of the sum of exp of the scaled critical scores, (B, H, N_q), float32 (float64
+        for float64 inputs), -inf for a row without critical blocks, differentiable.
     """
     query, key, value = _inputs(query, key, value)
-    _check_block_map(query, key, block_map)
+    _check_block_map(query, key, block_map, linear=False)
     chosen = _backend(backend, query, block_map.block_q, block_map.block_kv)
     with torch.autocast(query.device.type, enabled=False):
-        return chosen.sparse_branch(query, key, value, block_map, _scale(query, scale))
+        factor = _scale(query, scale)
+        output, lse = chosen.sparse_branch(query, key, value, block_map, factor, return_lse)
+    if not return_lse:
+        return output
+    assert lse is not None
+    return output, lse
 
 
 def linear_attention(
@@ -406,7 +446,9 @@ def _check_routing(
         raise ValueError(f"always_critical is {always_critical}; it must be at least 0")
 
 
-def _check_block_map(query: Tensor, key: Tensor, block_map: BlockMap) -> None:
+def _check_block_map(
+    query: Tensor, key: Tensor, block_map: BlockMap, *, linear: bool = True
+) -> None:
     if not isinstance(block_map, BlockMap):
         raise TypeError(f"block_map is a {type(block_map).__name__}; it must be a BlockMap")
     found = (*block_map.labels.shape[:2], block_map.tokens_q, block_map.tokens_kv)
@@ -419,7 +461,14 @@ def _check_block_map(query: Tensor, key: Tensor, block_map: BlockMap) -> None:
     if block_map.labels.device != query.device:
         raise ValueError(f"block_map is on {block_map.labels.device}, query on {query.device}")
     if block_map.key_lengths is not None:
-        _check_range(block_map.key_lengths, key.shape[2])
+        _check_range("key_lengths", block_map.key_lengths, 0, key.shape[2])
+    if block_map.block_lengths is not None:
+        if linear:
+            raise ValueError(
+                "block_map has block_lengths, which only the sparse branch honours "
+                "(sparse_attention)"
+            )
+        _check_range("block_lengths", block_map.block_lengths, 1, block_map.block_kv)
 
 
 def _key_lengths(query: Tensor, key: Tensor, key_lengths: Tensor | None) -> Tensor | None:
@@ -437,17 +486,17 @@ def _key_lengths(query: Tensor, key: Tensor, key_lengths: Tensor | None) -> Tens
         )
     if key_lengths.device != query.device:
         raise ValueError(f"key_lengths is on {key_lengths.device}, query on {query.device}")
-    _check_range(key_lengths, key.shape[2])
+    _check_range("key_lengths", key_lengths, 0, key.shape[2])
     return key_lengths.to(torch.int32).clamp(0, key.shape[2])
 
 
-def _check_range(key_lengths: Tensor, tokens_kv: int) -> None:
+def _check_range(name: str, lengths: Tensor, lowest: int, highest: int) -> None:
     # Looking would wait for the device, or break a compiled graph.
-    if key_lengths.device.type != "cpu" or torch.compiler.is_compiling():
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    values = key_lengths.tolist()
-    if not all(0 <= length <= tokens_kv for length in values):
-        raise ValueError(f"key_lengths is {values}; each must be in [0, {tokens_kv}]")
+    values = lengths.tolist()
+    if not all(lowest <= length <= highest for length in values):
+        raise ValueError(f"{name} is {values}; each must be in [{lowest}, {highest}]")
 
 
 def _check_projection(query: Tensor, proj_weight: Tensor | None, proj_bias: Tensor | None) -> None:

@@ -16,17 +16,26 @@ from sla_kernels.feature_maps import FeatureMap
 
 
 def sparse_branch(
-    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
-) -> Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap,
+    scale: float,
+    want_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
     """O^s: softmax attention over the critical scores of each row (equation 4).
 
-    A row without critical blocks gives zero.
+    A row without critical blocks gives zero. Beside it the log-sum-exp of the critical scores,
+    (B, H, N_q), -inf where there is none.
     """
     critical = block_map.token_labels() == CRITICAL
     scores = (query @ key.transpose(-1, -2)) * scale
-    scores = scores.masked_fill(~critical, -math.inf)
-    weights = torch.softmax(scores, dim=-1)
-    return weights.masked_fill(~critical, 0.0) @ value
+    # Not -inf before the log: its gradient would be NaN where a row is empty.
+    scores = torch.where(critical, scores, torch.finfo(scores.dtype).min)
+    empty = ~critical.any(dim=-1)
+    weights = torch.softmax(scores, dim=-1).masked_fill(~critical, 0.0)
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(empty, -math.inf)
+    return weights @ value, lse
 
 
 def linear_branch(

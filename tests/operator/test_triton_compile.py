@@ -75,7 +75,7 @@ def test_opcheck_attend(branches: tuple[bool, bool], padded: bool, device: str) 
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     if branches[0]:  # else nothing writes the log-sum-exp, which this compares
         utils += ("test_aot_dispatch_dynamic",)
-    arguments = (*tensors, lengths, *tables, *numbers)
+    arguments = (*tensors, lengths, None, *tables, *numbers)
     torch.library.opcheck(operators.attend, arguments, test_utils=utils)
 
 
@@ -84,8 +84,9 @@ def test_opcheck_attend_backward(device: str) -> None:
     block_map = classify_blocks(*tensors[:2], **CASE.routing(device), backend="eager")
     tables = (block_map.labels, block_map.critical_blocks, block_map.critical_counts)
     numbers = (16, 16, "softmax", 0.25, True, True)
-    output, lse = operators.attend(*tensors, None, *tables, *numbers)
-    backward = (torch.randn_like(output), *tensors, None, output, lse, *tables, 16, 16, 0)
+    output, lse = operators.attend(*tensors, None, None, *tables, *numbers)
+    grads = (torch.randn_like(output), torch.randn_like(lse))
+    backward = (*grads, *tensors, None, None, output, lse, *tables, 16, 16, 0)
     torch.library.opcheck(operators.attend_backward, (*backward, "softmax", 0.25, True, True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ def unsupported_reason(query: Tensor, block_q: int, block_kv: int) -> str | None
     for name, block in (("block_q", block_q), ("block_kv", block_kv)):
         if block not in launch.BLOCKS:
             return f"{name} is {block}; it must be one of {', '.join(map(str, launch.BLOCKS))}"
+        # Triton 3.6 reads past the shared memory in products over 16 rows of such tiles.
+        if block < 32 < head_dim and query.dtype == torch.float32 and query.is_cuda:
+            return f"{name} is {block}; in float32 with head_dim over 32 it must be 32, 64 or 128"
     return None
 
 
@@ -78,12 +82,15 @@ def route(
 
 
 def sparse_branch(
-    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
-) -> Tensor:
-    """O^s, as `reference.sparse_branch`."""
+    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float, want_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """O^s and, if wanted, its log-sum-exp, as `reference.sparse_branch`."""
     if scale <= 0:  # the kernels take the highest scaled score for the scaled highest score
         query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
-    return _attend(query, key, value, None, None, block_map, "softmax", scale, True, False)
+    output, lse = _attend(query, key, value, None, None, block_map, "softmax", scale, True, False)
+    if not want_lse:  # a cut to the tokens would make torch.compile look at their number
+        return output, None
+    return output, lse[..., : query.shape[2]] * math.log(2)  # the kernels' is in units of log2
 
 
 def linear_branch(
@@ -99,7 +106,7 @@ def linear_branch(
         return eager.linear_branch(query, key, value, block_map, feature_map)
     if block_map is None:
         block_map = all_marginal(query, key, 128)
-    return _attend(query, key, value, None, None, block_map, name, 1.0, False, True)
+    return _attend(query, key, value, None, None, block_map, name, 1.0, False, True)[0]
 
 
 def fused(
@@ -147,7 +154,7 @@ def fused(
             )
             return output
         block_map = route(query, key, scale=scale, **routing)
-    return _attend(query, key, value, weight, bias, block_map, name, scale, True, True)
+    return _attend(query, key, value, weight, bias, block_map, name, scale, True, True)[0]
 
 
 def _attend(
@@ -161,7 +168,8 @@ def _attend(
     scale: float,
     sparse: bool,
     linear: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Output, and the kernels' own log-sum-exp."""
     if _too_large(query, block_map.block_q, block_map.block_kv):
         block_map = _in_half(block_map)
     if block_map.row_table is not None:
@@ -170,7 +178,7 @@ def _attend(
         rows, counts = operators.row_table(block_map.labels)
     else:  # not looked at
         rows = counts = block_map.labels.new_empty((1, 1, 1, 1), dtype=torch.int32)
-    output, _ = operators.run(
+    output, lse = operators.run(
         operators.attend,
         query,
         key,
@@ -178,6 +186,7 @@ def _attend(
         weight,
         bias,
         block_map.key_lengths,
+        block_map.block_lengths,
         block_map.labels,
         rows,
         counts,
@@ -188,7 +197,7 @@ def _attend(
         sparse,
         linear,
     )
-    return output
+    return output, lse
 
 
 def _too_large(query: Tensor, block_q: int, block_kv: int) -> bool:
@@ -206,6 +215,10 @@ def _in_half(block_map: BlockMap) -> BlockMap:
         if block > 64:
             labels = labels.repeat_interleave(block // 64, dim=dim)
             labels = labels.narrow(dim, 0, num_blocks(tokens, 64))
+    block_lengths = block_map.block_lengths
+    if block_lengths is not None and block_map.block_kv > 64:
+        parts = torch.arange(0, block_map.block_kv, 64, device=block_lengths.device)
+        block_lengths = (block_lengths[:, None] - parts).clamp(0, 64).flatten().to(torch.int32)
     return BlockMap(
         labels.contiguous(),
         min(block_map.block_q, 64),
@@ -213,6 +226,7 @@ def _in_half(block_map: BlockMap) -> BlockMap:
         block_map.tokens_q,
         block_map.tokens_kv,
         block_map.key_lengths,
+        block_lengths=block_lengths,
     )
 
 

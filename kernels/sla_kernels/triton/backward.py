@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 
 from sla_kernels.triton.common import (
+    LOG2_E,
     features,
     features_backward,
+    filling_penalty,
     load_square,
     load_tile,
     program_order,
@@ -25,14 +27,28 @@ from sla_kernels.triton.common import (
 
 @triton.jit
 def query_tile(
-    q, grad, k, v, lse, delta, out, scale, limit, MASKED: tl.constexpr, PRECISION: tl.constexpr
+    q,
+    grad,
+    k,
+    v,
+    lse,
+    delta,
+    out,
+    scale,
+    limit,
+    penalty,
+    MASKED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """dQ's part from one tile of keys; `limit` valid keys in it if MASKED."""
+    """dQ's part from one tile of keys; `limit` and `penalty` as in the forward."""
     if MASKED:
         inside = (tl.arange(0, k.shape[0]) < limit)[:, None]
         k = tl.where(inside, k, 0.0)
         v = tl.where(inside, v, 0.0)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if RAGGED:
+        scores += penalty[None, :]
     weights = tl.exp2(scores * scale - lse[:, None])
     if MASKED:
         weights = tl.where((tl.arange(0, k.shape[0]) < limit)[None, :], weights, 0.0)
@@ -52,6 +68,7 @@ def backward_queries(
     bias,
     lse,
     delta,  # float32 (B*H, N_q + filling), written: D^s
+    d_lse,  # likewise: gradient of lse
     rows,
     counts,
     h_sums,  # descriptor of H_i, (D, D) matrices
@@ -60,6 +77,7 @@ def backward_queries(
     d_z_sums,  # dZ_i
     d_bias,  # float32 (B*H*T_m, D), written: sum of dO over the block
     lengths,
+    block_lengths,  # int32 (T_n,)
     first_bh,
     group_heads,
     heads,
@@ -77,7 +95,9 @@ def backward_queries(
     SPARSE: tl.constexpr,
     LINEAR: tl.constexpr,
     BIAS: tl.constexpr,
+    D_LSE: tl.constexpr,
     LENGTHS: tl.constexpr,
+    RAGGED: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -132,6 +152,10 @@ def backward_queries(
         d_row -= tl.sum(d_linear, 1)
     if SPARSE:
         places = bh.to(tl.int64) * lse_stride + tokens
+        if D_LSE:
+            # A score's share of dlse is its weight: it joins D^s. lse is in units of log2.
+            d_sum_exp = tl.load(d_lse + places, mask=tokens < lse_stride, other=0.0)
+            d_row -= d_sum_exp * LOG2_E
         tl.store(delta + places, d_row, mask=tokens < lse_stride)
         sum_exp = tl.load(lse + places, mask=tokens < lse_stride, other=0.0)
         if LENGTHS:
@@ -144,11 +168,26 @@ def backward_queries(
         upcoming = tl.load(rows)
         for step in tl.range(0, full * PARTS_KV, num_stages=STAGES):
             start = upcoming * BLOCK_KV + (step % PARTS_KV) * TILE_N
+            penalty = sum_exp
+            if RAGGED:
+                penalty = filling_penalty(block_lengths, upcoming, step % PARTS_KV, TILE_N)
             upcoming = tl.load(rows + tl.minimum((step + 1) // PARTS_KV, width - 1))
             k = load_tile(key, batch, head, start, TILE_N, P)
             v = load_tile(value, batch, head, start, TILE_N, P)
             d_query = query_tile(
-                q, grad, k, v, sum_exp, d_row, d_query, scale_log2, TILE_N, False, PRECISION
+                q,
+                grad,
+                k,
+                v,
+                sum_exp,
+                d_row,
+                d_query,
+                scale_log2,
+                TILE_N,
+                penalty,
+                False,
+                RAGGED,
+                PRECISION,
             )
         if short:
             for part in range(PARTS_KV):
@@ -156,9 +195,20 @@ def backward_queries(
                 if start < tokens_kv:
                     k = load_tile(key, batch, head, start, TILE_N, P)
                     v = load_tile(value, batch, head, start, TILE_N, P)
-                    limit = tokens_kv - start
                     d_query = query_tile(
-                        q, grad, k, v, sum_exp, d_row, d_query, scale_log2, limit, True, PRECISION
+                        q,
+                        grad,
+                        k,
+                        v,
+                        sum_exp,
+                        d_row,
+                        d_query,
+                        scale_log2,
+                        tokens_kv - start,
+                        sum_exp,
+                        True,
+                        False,
+                        PRECISION,
                     )
     d_query = d_query * scale
     store_tile(grad_query, batch, head, token, d_query.to(q.dtype), BLOCK_Q, P)
@@ -178,6 +228,7 @@ def backward_keys(
     counts,  # int32 (B*H, T_n)
     order,  # int32 (B*H, T_n): key blocks, the longest columns first
     lengths,
+    block_lengths,  # int32 (T_n,)
     first_bh,
     group_heads,
     heads,
@@ -188,6 +239,7 @@ def backward_keys(
     scale,
     ADD: tl.constexpr,
     LENGTHS: tl.constexpr,
+    RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -213,6 +265,8 @@ def backward_keys(
     d_value = tl.zeros([BLOCK_KV, P], tl.float32)
     count = tl.load(counts + line)
     columns_table += line * blocks_q
+    if RAGGED:
+        penalty = filling_penalty(block_lengths, block, 0, BLOCK_KV)
     upcoming = tl.load(columns_table)
     for step in tl.range(0, count * PARTS_Q, num_stages=STAGES):
         start = upcoming * BLOCK_Q + (step % PARTS_Q) * TILE_M
@@ -224,6 +278,8 @@ def backward_keys(
         d_row = delta.load([bh, start]).reshape([TILE_M])
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        if RAGGED:
+            scores += penalty[:, None]
         weights = tl.exp2(scores * scale_log2 - sum_exp[None, :])
         d_scores = (weights * (d_weights - d_row[None, :])).to(k.dtype)
         d_value = tl.dot(weights.to(v.dtype), grad, d_value, input_precision=PRECISION)

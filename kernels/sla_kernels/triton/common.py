@@ -53,6 +53,17 @@ def program_order(pid, heads, blocks, first):
 
 
 @triton.jit
+def filling_penalty(lengths, block, part, TILE: tl.constexpr):
+    """What is added to the scores of a tile's keys: 0 for real ones, a weight of 0 for filling.
+
+    Added, not selected: a select on a product's result makes ptxas serialise the loop. Finite, so
+    that a tile of nothing but filling gives no NaN; its weights vanish beside any real key's.
+    """
+    inside = part * TILE + tl.arange(0, TILE) < tl.load(lengths + block)
+    return tl.where(inside, 0.0, -1e30)
+
+
+@triton.jit
 def features(x, FEATURE_MAP: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
     """phi of a float32 (M, P) tile; zero in the columns past D."""
     if FEATURE_MAP == "softmax":

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from sla_kernels.triton.common import (
     features,
+    filling_penalty,
     load_square,
     load_tile,
     program_order,
@@ -17,10 +18,26 @@ from sla_kernels.triton.common import (
 
 @triton.jit
 def attend_tile(
-    q, k, v, highest, total, out, scale, limit, MASKED: tl.constexpr, PRECISION: tl.constexpr
+    q,
+    k,
+    v,
+    highest,
+    total,
+    out,
+    scale,
+    limit,
+    penalty,
+    MASKED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """One step of online softmax over a tile of keys; `limit` valid keys in it if MASKED."""
+    """One step of online softmax over a tile of keys.
+
+    `limit` valid keys in it if MASKED; if RAGGED, `penalty` is added to the keys' scores.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if RAGGED:
+        scores += penalty[None, :]
     if MASKED:
         inside = tl.arange(0, k.shape[0]) < limit
         scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -46,6 +63,7 @@ def forward(
     h_sums,  # descriptor of H_i, (D, D) matrices
     z_sums,  # (heads of the group, T_m, D + 1, D): Z_i is the row after H_i
     lengths,  # int32 (B,)
+    block_lengths,  # int32 (T_n,)
     first_bh,
     group_heads,
     heads,
@@ -60,6 +78,7 @@ def forward(
     LINEAR: tl.constexpr,
     BIAS: tl.constexpr,
     LENGTHS: tl.constexpr,
+    RAGGED: tl.constexpr,
     FEATURE_MAP: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
@@ -96,24 +115,28 @@ def forward(
         upcoming = tl.load(rows)
         for step in tl.range(0, full * PARTS_KV, num_stages=STAGES):
             start = upcoming * BLOCK_KV + (step % PARTS_KV) * TILE_N
+            penalty = highest
+            if RAGGED:
+                penalty = filling_penalty(block_lengths, upcoming, step % PARTS_KV, TILE_N)
             upcoming = tl.load(rows + tl.minimum((step + 1) // PARTS_KV, width - 1))
             k = load_tile(key, batch, head, start, TILE_N, P)
             v = load_tile(value, batch, head, start, TILE_N, P)
             highest, total, out = attend_tile(
-                q, k, v, highest, total, out, scale, TILE_N, False, PRECISION
+                q, k, v, highest, total, out, scale, TILE_N, penalty, False, RAGGED, PRECISION
             )
         if short:
             for part in range(PARTS_KV):
                 start = last * BLOCK_KV + part * TILE_N
                 if start < tokens_kv:
+                    limit = tokens_kv - start
                     k = load_tile(key, batch, head, start, TILE_N, P)
                     v = load_tile(value, batch, head, start, TILE_N, P)
                     highest, total, out = attend_tile(
-                        q, k, v, highest, total, out, scale, tokens_kv - start, True, PRECISION
+                        q, k, v, highest, total, out, scale, limit, highest, True, False, PRECISION
                     )
         out = out * safe_inverse(total)[:, None]
         sum_exp = highest + tl.log2(tl.where(count > 0, total, 1.0))
-        sum_exp = tl.where(count > 0, sum_exp, 0.0)
+        sum_exp = tl.where(count > 0, sum_exp, float("-inf"))
         tl.store(lse + bh.to(tl.int64) * lse_stride + tokens, sum_exp, mask=tokens < lse_stride)
     if LINEAR:
         columns = tl.arange(0, P)

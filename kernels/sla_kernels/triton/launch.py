@@ -175,6 +175,7 @@ def attend(
     *,
     routing: Routing | None = None,
     routed: Routed | None = None,
+    block_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Routed]:
     """The operator: output, log2-sum-exp2 of each row, and the routing (made, or as given)."""
     _, heads, tokens_q, head_dim = query.shape
@@ -182,8 +183,9 @@ def attend(
     lse = new_row_numbers(query)
     query, key, value = described(query), described(key), described(value)
     weight, bias, key_lengths = aligned(weight), aligned(bias), aligned(key_lengths)
+    block_lengths = aligned(block_lengths)
     written = described(output)
-    optional = tuple(tensor is None for tensor in (weight, bias, key_lengths))
+    optional = tuple(tensor is None for tensor in (weight, bias, key_lengths, block_lengths))
     table = None if routed is None else routed.rows.shape
     groups = tuple(head_groups(query, key, problem))
     calls = Calls(
@@ -219,6 +221,7 @@ def attend(
             calls.squares(sums),
             sums,
             key_lengths,
+            block_lengths,
             *group,
             heads,
             tokens_q,
@@ -232,6 +235,7 @@ def attend(
             LINEAR=problem.linear,
             BIAS=bias is not None,
             LENGTHS=key_lengths is not None,
+            RAGGED=block_lengths is not None,
             FEATURE_MAP=problem.feature_map,
             PRECISION=precision(query.dtype),
             D=head_dim,
@@ -258,8 +262,14 @@ def attend_backward(
     lse: Tensor,
     routed: Routed,
     problem: Problem,
+    *,
+    d_lse: Tensor | None = None,
+    block_lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, value, and of Proj's weight and bias where there is one."""
+    """Gradients of query, key, value, and of Proj's weight and bias where there is one.
+
+    `d_lse` is the gradient of `attend`'s second result, if it was used.
+    """
     batch, heads, tokens_q, head_dim = query.shape
     results = [torch.empty_like(tensor) for tensor in (query, key, value)]
     d_query, d_key, d_value = (described(tensor) for tensor in results)
@@ -267,7 +277,8 @@ def attend_backward(
         described(tensor) for tensor in (grad, query, key, value, output)
     )
     proj, bias, key_lengths = aligned(weight), aligned(bias), aligned(key_lengths)
-    optional = tuple(tensor is None for tensor in (weight, bias, key_lengths))
+    d_lse, block_lengths = aligned(d_lse), aligned(block_lengths)
+    optional = tuple(t is None for t in (weight, bias, key_lengths, d_lse, block_lengths))
     layout = _layout(query, key, value, output, grad, d_query, d_key, d_value)
     groups = tuple(head_groups(query, key, problem))
     calls = Calls(("backward", *layout, optional, routed.rows.shape, groups, problem))
@@ -316,6 +327,7 @@ def attend_backward(
             bias,
             lse,
             delta,
+            d_lse,
             routed.rows,
             routed.counts,
             calls.squares(sums),
@@ -324,6 +336,7 @@ def attend_backward(
             d_sums,
             d_bias,
             key_lengths,
+            block_lengths,
             *group,
             heads,
             tokens_q,
@@ -338,6 +351,8 @@ def attend_backward(
             SPARSE=problem.sparse,
             LINEAR=problem.linear,
             BIAS=bias is not None,
+            D_LSE=d_lse is not None,
+            RAGGED=block_lengths is not None,
             FEATURE_MAP=problem.feature_map,
             D=head_dim,
             BLOCK_Q=problem.block_q,
@@ -390,6 +405,7 @@ def attend_backward(
                 column_counts,
                 order,
                 key_lengths,
+                block_lengths,
                 *group,
                 heads,
                 t_m,
@@ -398,6 +414,7 @@ def attend_backward(
                 problem.scale * _LOG2_E,
                 problem.scale,
                 ADD=problem.linear,
+                RAGGED=block_lengths is not None,
                 BLOCK_Q=problem.block_q,
                 **numbers,
                 **keys_config,

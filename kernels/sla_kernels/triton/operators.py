@@ -132,6 +132,7 @@ def _attend(
     weight: Tensor | None,
     bias: Tensor | None,
     key_lengths: Tensor | None,
+    block_lengths: Tensor | None,
     labels: Tensor,
     rows: Tensor,
     counts: Tensor,
@@ -147,7 +148,15 @@ def _attend(
         problem = Problem(block_q, block_kv, 0, feature_map, scale, sparse, linear)
         routed = Routed(*(launch.aligned(tensor) for tensor in (labels, rows, counts)))
         output, lse, _ = launch.attend(
-            query, key, value, weight, bias, key_lengths, problem, routed=routed
+            query,
+            key,
+            value,
+            weight,
+            bias,
+            key_lengths,
+            problem,
+            routed=routed,
+            block_lengths=block_lengths,
         )
         return output, lse
 
@@ -163,6 +172,7 @@ def _(
     weight: Tensor | None,
     bias: Tensor | None,
     key_lengths: Tensor | None,
+    block_lengths: Tensor | None,
     labels: Tensor,
     rows: Tensor,
     counts: Tensor,
@@ -178,12 +188,14 @@ def _(
 
 def _attend_backward(
     grad: Tensor,
+    d_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     key_lengths: Tensor | None,
+    block_lengths: Tensor | None,
     output: Tensor,
     lse: Tensor,
     labels: Tensor,
@@ -202,7 +214,19 @@ def _attend_backward(
         problem = Problem(block_q, block_kv, long_rows, feature_map, scale, sparse, linear)
         routed = Routed(*(launch.aligned(tensor) for tensor in (labels, rows, counts)))
         d_query, d_key, d_value, d_weight, d_bias = launch.attend_backward(
-            grad, query, key, value, weight, bias, key_lengths, output, lse, routed, problem
+            grad,
+            query,
+            key,
+            value,
+            weight,
+            bias,
+            key_lengths,
+            output,
+            lse,
+            routed,
+            problem,
+            d_lse=d_lse,
+            block_lengths=block_lengths,
         )
         nothing = query.new_empty(0)
         return (
@@ -222,12 +246,14 @@ attend_backward = torch.library.custom_op(
 @attend_backward.register_fake
 def _(
     grad: Tensor,
+    d_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     key_lengths: Tensor | None,
+    block_lengths: Tensor | None,
     output: Tensor,
     lse: Tensor,
     labels: Tensor,
@@ -258,7 +284,7 @@ def _device_of(tensor: Tensor) -> Any:
 def _save_routed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, weight, bias, key_lengths = inputs[:6]
     _, _, block_q, block_kv, always_critical, feature_map, scale = inputs[6:]
-    ctx.save_for_backward(query, key, value, weight, bias, key_lengths, *output)
+    ctx.save_for_backward(query, key, value, weight, bias, key_lengths, None, *output)
     long_rows = launch.num_blocks(always_critical, block_q)
     ctx.numbers = (block_q, block_kv, long_rows, feature_map, scale, True, True)
     ctx.inputs = len(inputs)
@@ -267,27 +293,29 @@ def _save_routed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _save_given(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, weight, bias, key_lengths, labels, rows, counts = inputs[:9]
-    block_q, block_kv, feature_map, scale, sparse, linear = inputs[9:]
-    tensors = (query, key, value, weight, bias, key_lengths, *output, labels, rows, counts)
-    ctx.save_for_backward(*tensors)
+    tensors, tables = inputs[:7], inputs[7:10]
+    block_q, block_kv, feature_map, scale, sparse, linear = inputs[10:]
+    ctx.save_for_backward(*tensors, *output, *tables)
     ctx.numbers = (block_q, block_kv, 0, feature_map, scale, sparse, linear)
     ctx.inputs = len(inputs)
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
+def _backward(
+    ctx: Any, grad: Tensor | None, d_lse: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad is None and d_lse is None:
         return (None,) * ctx.inputs
-    query, key, value, weight, bias, lengths, output, lse, *tables = ctx.saved_tensors
-    backward = attend_backward if _observed(grad, query) else _attend_backward
-    grads = backward(
-        grad, query, key, value, weight, bias, lengths, output, lse, *tables, *ctx.numbers
-    )
+    saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
+    tensors, (output, lse, *tables) = saved[:7], saved[7:]
+    if grad is None:
+        grad = torch.zeros_like(output)
+    backward = attend_backward if _observed(grad, tensors[0]) else _attend_backward
+    arguments = (grad, d_lse, *tensors, output, lse, *tables, *ctx.numbers)
+    grads = backward(*arguments)
     wanted = [
         gradient if tensor is not None else None
-        for gradient, tensor in zip(grads, (query, key, value, weight, bias), strict=True)
+        for gradient, tensor in zip(grads, tensors[:5], strict=True)
     ]
     return (*wanted, *(None,) * (ctx.inputs - 5))
 

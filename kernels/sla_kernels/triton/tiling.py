@@ -35,6 +35,10 @@ def backward_queries(dtype: torch.dtype, block_q: int, block_kv: int) -> Tiling:
 def backward_keys(dtype: torch.dtype, block_q: int, block_kv: int) -> Tiling:
     if dtype == torch.float32:
         return {"TILE_M": min(32, block_q), "STAGES": 1, "num_warps": 8}
+    if block_q < 32:
+        # The copy engine writes to 128-byte boundaries: of several buffers of 16 numbers the second
+        # would not lie on one.
+        return {"TILE_M": block_q, "STAGES": 1, "num_warps": 4}
     if block_kv == 128:
         return {"TILE_M": min(64, block_q), "STAGES": 3, "num_warps": 8}
     return {"TILE_M": min(64, block_q), "STAGES": 2, "num_warps": 4}
