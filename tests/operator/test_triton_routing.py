@@ -124,8 +124,8 @@ def assert_ranked(
 
 RANDOM = [
     *(supported(case) for case in AWKWARD),
-    Case("many_blocks", 1000, 3000, 64, 16, 16, 0.3, 0.3, batch=1, heads=1),
-    Case("many_padded", 300, 2000, 64, 16, 16, 0.3, 0.3, heads=1, key_lengths=(1999, 777)),
+    Case("many_blocks", 1000, 3000, 32, 16, 16, 0.3, 0.3, batch=1, heads=1),
+    Case("many_padded", 300, 2000, 32, 16, 16, 0.3, 0.3, heads=1, key_lengths=(1999, 777)),
 ]
 LARGE = [
     Case("real", 12_800, 12_800, 128, 64, 64, heads=4),
