@@ -68,8 +68,9 @@ figures: $(ENVIRONMENT) ## draw the paper's figures from results/: OUT=
 tensorboard: $(ENVIRONMENT) ## serve the curves of runs/
 	$(PY) -m tensorboard.main --logdir runs $(ARGS)
 
-test: $(ENVIRONMENT) ## run all tests
-	$(PY) -m pytest tests $(ARGS)
+# A file's tests stay in one worker: they share what is slow to make.
+test: $(ENVIRONMENT) ## run all tests, on all cores
+	$(PY) -m pytest tests -n auto --dist loadfile $(ARGS)
 
 test-fast: $(ENVIRONMENT) ## run the tests that take seconds
 	$(PY) -m pytest tests -m "not slow" $(ARGS)

@@ -2,6 +2,11 @@
 
 import os
 
+# Each worker of pytest-xdist has one core to itself; more threads would fight for it. (Set before
+# torch is imported, and for what tests start.)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # Triton decides when it decorates a kernel, so when sla_kernels is first imported, whether it will
 # interpret or compile it. Without a GPU under test it interprets, and a GPU that is there is
 # hidden, so that no tensor on it meets an interpreted kernel.

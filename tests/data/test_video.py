@@ -46,7 +46,9 @@ def test_probe(path):
 
 
 @pytest.mark.parametrize(
-    "wanted", [range(3, 20, 4), [5], [7, 2, 2, 23], lambda info: [info.height - 26]], ids=str
+    "wanted",
+    [range(3, 20, 4), [5], [7, 2, 2, 23], lambda info: [info.height - 26]],
+    ids=["every_fourth", "one", "again_and_back", "by_height"],
 )
 def test_frames_by_index_are_those_of_the_whole_video(path, wanted):
     whole = video.read_frames(path)
