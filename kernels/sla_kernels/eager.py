@@ -25,6 +25,9 @@ from sla_kernels.feature_maps import FeatureMap
 _CHUNK_CPU = 2**20
 _CHUNK_GPU = 2**26
 
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # largest e4m3 number
+
 
 def sparse_branch(
     query: Tensor,
@@ -43,6 +46,32 @@ def sparse_branch(
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
     output, lse = _SparseBranch.apply(query, key, value, block_map, scale)
     return output, lse
+
+
+def rounded_weights_branch(
+    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
+) -> tuple[Tensor, Tensor]:
+    """O^s and its log-sum-exp with weights that are rounded to e4m3 before they meet the values.
+
+    A row's weights are exp(score - its highest score) * 448; `low_bit` says what it is for. No
+    gradients. Padding keys and values must be finite.
+    """
+    accurate = _accumulation_dtype(query)
+    queries = _blocks(query, block_map.block_q, accurate)
+    keys = _blocks(key, block_map.block_kv, accurate)
+    values = _blocks(value, block_map.block_kv, accurate)
+    output = torch.zeros_like(queries)
+    log_sum_exp = queries.new_full(queries.shape[:2], -math.inf)
+    for chunk in _chunks(block_map, query.shape[-1]):
+        scores = _scores(queries, keys, chunk, scale)
+        highest = scores.amax(dim=-1, keepdim=True)
+        weights = scores.sub_(highest.masked_fill(highest == -math.inf, 0.0)).exp_()
+        total = weights.sum(dim=-1, keepdim=True)
+        rounded = weights.mul_(FP8_MAX).to(FP8).to(accurate)
+        output[chunk.rows] = _safe_divide(rounded @ _gather(values, chunk.keys), total * FP8_MAX)
+        log_sum_exp[chunk.rows] = (highest + total.log()).squeeze(-1)
+    lse = _unblocks(log_sum_exp.unsqueeze(-1), (*query.shape[:3], 1), accurate).squeeze(-1)
+    return _unblocks(output, query.shape, query.dtype), lse
 
 
 def linear_branch(

@@ -27,6 +27,7 @@ SparseBranch = Callable[
     [Tensor, Tensor, Tensor, BlockMap, float, bool], tuple[Tensor, Tensor | None]
 ]
 LinearBranch = Callable[[Tensor, Tensor, Tensor, BlockMap | None, FeatureMap], Tensor]
+LowBitBranch = Callable[[Tensor, Tensor, Tensor, BlockMap, float], tuple[Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Backend:
             `block_map.route` (without scale); None if it does not fuse this one. Without it the
             branches are added.
         route: as `block_map.route`, with the same blocks; None: that one.
+        low_bit_branch: (query, key, value, block_map, scale) -> (O^s, log-sum-exp) computed in FP8
+            by the numerics of `low_bit`, without gradients; None where it cannot on these tensors.
+            Without it they are simulated.
 
     All of them honour `block_map.key_lengths`, and `sparse_branch` `block_lengths`: padding keys
     and values add nothing to the output and get zero gradients.
@@ -60,6 +64,7 @@ class Backend:
     auto_devices: tuple[str, ...] | None = None
     fused: Callable[..., Tensor | None] | None = None
     route: Callable[..., BlockMap] | None = None
+    low_bit_branch: LowBitBranch | None = None
 
 
 class Branches(NamedTuple):
@@ -123,6 +128,7 @@ if find_spec("triton") is not None:
             auto_devices=("cuda",),
             fused=_triton.fused,
             route=_triton.route,
+            low_bit_branch=_triton.low_bit_branch,
         ),
     )
 
@@ -383,7 +389,11 @@ def _backend(name: str, query: Tensor, block_q: int, block_kv: int) -> Backend:
             if backend.auto_devices is None or query.device.type in backend.auto_devices
             if backend.unsupported_reason(query, block_q, block_kv) is None
         ]
-        return max(usable, key=lambda backend: backend.priority)
+        best = usable[0]
+        for backend in usable[1:]:  # torch.compile does not know max(key=...)
+            if backend.priority > best.priority:
+                best = backend
+        return best
     if name not in _BACKENDS:
         known = ", ".join(["auto", *available_backends()])
         raise ValueError(f"backend is {name!r}; it must be one of {known}")

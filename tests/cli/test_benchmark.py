@@ -94,6 +94,19 @@ def test_a_wrong_result_is_not_timed(
     assert "wrong result" in capsys.readouterr().out
 
 
+def test_fp8_has_a_tolerance_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [*SMALL, "--methods", "sparse_only_fp8", "--directions", "forward"]
+    assert main([*options, "--out", str(tmp_path / "plain")]) == 0
+    (row,) = rows_in(tmp_path / "plain")
+    assert row["error"].startswith("unavailable: needs a CUDA device of compute capability 8.9")
+    # Simulated, it would be timed: its error is FP8's, above float32's tolerance.
+    put(monkeypatch, "sparse_only_fp8", unavailable_reason=lambda inputs: None)
+    assert main([*options, "--out", str(tmp_path / "simulated")]) == 0
+    (row,) = rows_in(tmp_path / "simulated")
+    assert row["ms_median"] > 0
+    assert 0.01 < row["relative_error"] < 0.08
+
+
 def test_wrong_gradients_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = METHODS["sla"].prepare
 

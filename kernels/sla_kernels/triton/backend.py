@@ -12,7 +12,7 @@ from sla_kernels import eager, feature_maps
 from sla_kernels.block_map import CRITICAL, MARGINAL, BlockMap, all_marginal, num_blocks
 from sla_kernels.block_map import route as plain_route
 from sla_kernels.feature_maps import FeatureMap
-from sla_kernels.triton import launch, operators
+from sla_kernels.triton import launch, low_bit, operators
 
 _NAMES = {
     feature_maps.softmax: "softmax",
@@ -91,6 +91,30 @@ def sparse_branch(
     if not want_lse:  # a cut to the tokens would make torch.compile look at their number
         return output, None
     return output, lse[..., : query.shape[2]] * math.log(2)  # the kernels' is in units of log2
+
+
+def low_bit_branch(
+    query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """O^s computed in FP8, and its log-sum-exp, without gradients; None where it cannot be."""
+    if low_bit.unsupported_reason(query, block_map.block_kv) is not None:
+        return None
+    if scale <= 0:
+        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
+    rows, counts = block_map.row_table or operators.row_table(block_map.labels)
+    output, lse = operators.run_low_bit(
+        query.detach(),
+        key.detach(),
+        value.detach(),
+        block_map.key_lengths,
+        block_map.block_lengths,
+        rows,
+        counts,
+        block_map.block_q,
+        block_map.block_kv,
+        scale,
+    )
+    return output, lse[..., : query.shape[2]] * math.log(2)
 
 
 def linear_branch(

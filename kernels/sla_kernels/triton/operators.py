@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sla_kernels.triton import launch
+from sla_kernels.triton import launch, low_bit
 from sla_kernels.triton.launch import Problem, Routed, Routing
 
 
@@ -276,6 +276,46 @@ def _(
     )
 
 
+def _attend_low_bit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    block_lengths: Tensor | None,
+    rows: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The sparse branch of a given routing in FP8: output and log-sum-exp; no gradients."""
+    with _device_of(query):
+        problem = Problem(block_q, block_kv, 0, "softmax", scale, True, False)
+        tensors = (query, key, value, key_lengths, block_lengths, rows, counts)
+        return low_bit.attend(*tensors, problem)
+
+
+attend_low_bit = torch.library.custom_op(
+    "sla_kernels::attend_low_bit", _attend_low_bit, mutates_args=()
+)
+
+
+@attend_low_bit.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_lengths: Tensor | None,
+    block_lengths: Tensor | None,
+    rows: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), launch.new_row_numbers(query)
+
+
 def _device_of(tensor: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device_of(tensor)
@@ -340,6 +380,13 @@ def run(operator: Any, *inputs: Any) -> Any:
     ):
         return _Direct.apply(function, save, *inputs)
     return function(*inputs)
+
+
+def run_low_bit(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """attend_low_bit(*inputs), as `run`; without gradients."""
+    function = attend_low_bit if _observed(*inputs[:3]) else _attend_low_bit
+    result: tuple[Tensor, Tensor] = function(*inputs)
+    return result
 
 
 def _observed(*tensors: Tensor) -> bool:

@@ -35,12 +35,14 @@ def reference(inputs: Inputs, kind: str) -> Tensor:
 
 
 @torch.no_grad()
-def check_forward(call: Callable[[], Tensor], kind: str, inputs: Inputs) -> float:
+def check_forward(
+    call: Callable[[], Tensor], kind: str, inputs: Inputs, tolerance: float | None = None
+) -> float:
     """Relative error on the first query blocks, all keys, of as many heads as fit.
 
     Args:
         call: a method prepared for the inputs.
-        kind: the method's.
+        kind, tolerance: the method's.
 
     Raises:
         WrongResultError: it is above the tolerance.
@@ -58,7 +60,8 @@ def check_forward(call: Callable[[], Tensor], kind: str, inputs: Inputs) -> floa
         block_map=BlockMap(labels, whole.block_q, whole.block_kv, rows, whole.tokens_kv),
     )
     found = call()[:, :heads, :rows]
-    return _within(relative_error(found, reference(part, kind)), inputs, 1.0, "output")
+    limit = TOLERANCE[inputs.query.dtype] if tolerance is None else tolerance
+    return _within(relative_error(found, reference(part, kind)), limit, "output")
 
 
 @torch.no_grad()
@@ -101,11 +104,10 @@ def check_backward(method: Method, point: Point, like: Tensor, seed: int) -> flo
             errors.append(relative_error(got, wanted))
     # max() would pass over a NaN that is not the first.
     worst = max(errors, key=lambda error: error if error == error else float("inf"))
-    return _within(worst, inputs, GRADIENTS, "gradients")
+    return _within(worst, GRADIENTS * TOLERANCE[inputs.query.dtype], "gradients")
 
 
-def _within(error: float, inputs: Inputs, factor: float, what: str) -> float:
-    limit = factor * TOLERANCE[inputs.query.dtype]
+def _within(error: float, limit: float, what: str) -> float:
     if not error <= limit:
         raise WrongResultError(f"wrong result: error {error:.1e} > {limit} in the {what}")
     return error

@@ -247,7 +247,9 @@ class _Session:
             if method.routes:
                 accuracy["routing_mismatch"] = check_routing(inputs)
             if method.kind != "exact":
-                accuracy["relative_error"] = check_forward(call, method.kind, inputs)
+                accuracy["relative_error"] = check_forward(
+                    call, method.kind, inputs, method.tolerance
+                )
         except Exception as error:
             errors.update(dict.fromkeys(errors, self._failure(error, method)))
             return None

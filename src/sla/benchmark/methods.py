@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from sla_kernels import BlockMap, classify_blocks, sparse_attention, sparse_linear_attention
 from sla_kernels.block_map import CRITICAL, NEGLIGIBLE, block_counts, num_blocks
+from sla_kernels.low_bit import low_bit_sparse_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -49,6 +50,7 @@ class Method:
         unavailable_reason: (inputs) -> why it cannot run on them, or None.
         routes: it makes its own block map, so that it has no time on a given, skewed one.
         is_ours: its kernels are listed in `stages`.
+        tolerance: largest relative error of its forward; None: that of the dtype.
     """
 
     prepare: Callable[[Inputs], Callable[[], Tensor]]
@@ -56,6 +58,7 @@ class Method:
     unavailable_reason: Callable[[Inputs], str | None]
     routes: bool = False
     is_ours: bool = False
+    tolerance: float | None = None
 
     def takes(self, block_map: str) -> bool:
         """Whether it can be measured on maps of this name."""
@@ -71,6 +74,12 @@ def _needs_cuda(inputs: Inputs) -> str | None:
         return "needs a CUDA device"
     if inputs.query.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16, not {inputs.query.dtype}"
+    return None
+
+
+def _needs_fp8(inputs: Inputs) -> str | None:
+    if not inputs.query.is_cuda or torch.cuda.get_device_capability(inputs.query.device) < (8, 9):
+        return "needs a CUDA device of compute capability 8.9 or newer, for FP8 products"
     return None
 
 
@@ -140,6 +149,13 @@ def _sparse_only(inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: sparse_attention(inputs.query, inputs.key, inputs.value, inputs.block_map)
 
 
+def _sparse_only_fp8(inputs: Inputs) -> Callable[[], Tensor]:
+    """The sparse branch alone with an FP8 forward, rounding included; a 16-bit backward."""
+    return lambda: low_bit_sparse_attention(
+        inputs.query, inputs.key, inputs.value, inputs.block_map
+    )
+
+
 METHODS: dict[str, Method] = {
     "sdpa": Method(_sdpa, "exact", _anything),
     "flash_attention_2": Method(_sdpa_backend(SDPBackend.FLASH_ATTENTION), "exact", _needs_cuda),
@@ -148,6 +164,8 @@ METHODS: dict[str, Method] = {
     "sla": Method(_sla, "whole", _anything, routes=True, is_ours=True),
     "sla_given_map": Method(_sla_given_map, "whole", _anything, is_ours=True),
     "sparse_only": Method(_sparse_only, "sparse", _anything, is_ours=True),
+    # On normal random tensors rounding alone makes an error of 5 %.
+    "sparse_only_fp8": Method(_sparse_only_fp8, "sparse", _needs_fp8, is_ours=True, tolerance=0.08),
 }
 EXACT_METHODS = tuple(name for name, method in METHODS.items() if method.kind == "exact")
 
