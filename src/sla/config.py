@@ -127,12 +127,23 @@ def _to_experiment(values: DictConfig, source: str) -> Experiment:
         schema.attention = OmegaConf.structured(attention_class)
         experiment = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise ConfigError(f"{source}: {key}{_first_line(error)}") from error
+        key = getattr(error, "full_key", None) or _misfit(schema, values)
+        raise ConfigError(f"{source}: {key}: {_first_line(error)}") from error
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{source}: {error}") from error
     assert isinstance(experiment, Experiment)
     return experiment
+
+
+def _misfit(schema: DictConfig, values: DictConfig) -> str:
+    """The field whose value does not fit; about tuples OmegaConf's error does not say."""
+    for section, fields in values.items():
+        for field, value in fields.items():
+            try:
+                OmegaConf.merge(schema, {section: {field: value}})
+            except OmegaConfBaseException:
+                return f"{section!s}.{field!s} is {value}"
+    return ", ".join(map(str, values))
 
 
 def _check_keys(

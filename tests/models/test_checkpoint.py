@@ -122,7 +122,7 @@ def test_another_method_needs_leave(tmp_path):
         load_weights(tmp_path, other, other_text)
     message = str(caught.value)
     assert all(key in message for key in PROJ)
-    assert "FullConfig(name='full')" in message
+    assert "FullConfig(name='full'" in message
     assert "SLAConfig(name='sla'" in message
     report = load_weights(tmp_path, other, other_text, new_attention=True)
     assert report.initialised == PROJ

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sla.attention import AttentionContext, AttentionMethod, FullConfig, SLAConfig
+from sla.attention import (
+    AttentionContext,
+    AttentionMethod,
+    FullConfig,
+    SLAConfig,
+    attention_config_class,
+    available_attention,
+)
 from sla.diffusion import FlowMatching, sample
 from sla.models.dit import (
     DiTConfig,
@@ -337,6 +345,20 @@ def test_set_attention_round_trip_restores_every_bit():
     assert torch.equal(model(*batch), before)
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", available_attention())
+def test_full_attention_comes_back_from_any_method(name):
+    model, batch = build(), inputs()
+    before = model(*batch)
+    small = {"block_q": 8, "block_kv": 8, "critical": 0.25, "cube": (2, 2, 2)}
+    config_class = attention_config_class(name)
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    model.set_attention(config_class(**{k: v for k, v in small.items() if k in fields}))
+    assert model(*batch).isfinite().all()
+    assert {m.config.name for m in model.attention_modules()} == {name}
+    model.set_attention(FullConfig())
+    assert torch.equal(model(*batch), before)
 
 
 def test_set_attention_follows_mode_and_leaves_a_failed_swap_undone():

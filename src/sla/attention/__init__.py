@@ -8,8 +8,13 @@ from sla.attention.config import (
     AttentionConfig,
     FullConfig,
     LinearOnlyConfig,
+    LinearPlusSparseConfig,
+    SLA2Config,
     SLAConfig,
+    SpargeConfig,
     SparseOnlyConfig,
+    VMoBAConfig,
+    VSAConfig,
 )
 from sla.attention.full import FullAttention
 from sla.attention.interface import (
@@ -18,6 +23,7 @@ from sla.attention.interface import (
     UnsupportedAttentionError,
 )
 from sla.attention.linear_only import LinearOnlyAttention
+from sla.attention.linear_plus_sparse import LinearPlusSparseAttention
 from sla.attention.registry import (
     attention_config_class,
     attention_config_from_dict,
@@ -26,7 +32,11 @@ from sla.attention.registry import (
     register_attention,
 )
 from sla.attention.sla import SLAAttention
+from sla.attention.sla2 import SLA2Attention
+from sla.attention.sparge import SpargeAttention
 from sla.attention.sparse_only import SparseOnlyAttention
+from sla.attention.vmoba import VMoBAAttention
+from sla.attention.vsa import VSAAttention
 
 __all__ = [
     "AttentionConfig",
@@ -36,11 +46,21 @@ __all__ = [
     "FullConfig",
     "LinearOnlyAttention",
     "LinearOnlyConfig",
+    "LinearPlusSparseAttention",
+    "LinearPlusSparseConfig",
+    "SLA2Attention",
+    "SLA2Config",
     "SLAAttention",
     "SLAConfig",
+    "SpargeAttention",
+    "SpargeConfig",
     "SparseOnlyAttention",
     "SparseOnlyConfig",
     "UnsupportedAttentionError",
+    "VMoBAAttention",
+    "VMoBAConfig",
+    "VSAAttention",
+    "VSAConfig",
     "attention_config_class",
     "attention_config_from_dict",
     "available_attention",

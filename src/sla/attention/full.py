@@ -22,6 +22,6 @@ class FullAttention(AttentionMethod):
     def density(self, grid: Grid) -> float:
         return 1.0
 
-    def flops(self, grid: Grid) -> float:
+    def flops(self, grid: Grid, density: float | None = None) -> float:
         """4 N^2 D per head: two products of N x N x D multiply-adds."""
         return 4.0 * self.num_heads * tokens_of(grid) ** 2 * self.head_dim

@@ -28,13 +28,16 @@ class AttentionContext:
         timestep: diffusion timestep of each sample, (B,), in [0, 1000].
         hidden_states: input of the attention layer, (B, N, dim), for input-dependent gates.
         always_critical: leading tokens that are attended exactly by all and attend exactly to
-            all (the text tokens of joint text-video models).
+            all (the text tokens of joint text-video models). They are not part of `grid`.
+        tile: the order of the grid's tokens: None for raster order, `(frames, height, width)` for
+            tiles of that size (`token_order`).
     """
 
     grid: Grid | None = None
     timestep: Tensor | None = None
     hidden_states: Tensor | None = None
     always_critical: int = 0
+    tile: Grid | None = None
 
 
 class UnsupportedAttentionError(ValueError):
@@ -126,15 +129,43 @@ class AttentionMethod(nn.Module, abc.ABC):
         return None
 
     @abc.abstractmethod
-    def density(self, grid: Grid) -> float:
-        """Fraction of the N x N scores that the method computes exactly, in [0, 1]."""
+    def density(self, grid: Grid) -> float | None:
+        """Fraction of the N x N scores that the method computes exactly, in [0, 1].
+
+        None where it depends on the inputs: `exact_fraction` measures it.
+        """
+
+    def exact_fraction(self, query: Tensor, key: Tensor, context: AttentionContext) -> float:
+        """Fraction of the N x N scores that the method computes exactly for these inputs.
+
+        By default that of the critical tokens of `block_map`, or all without one.
+        """
+        block_map = self.block_map(query, key, context)
+        return 1.0 if block_map is None else block_map.exact_fraction()
 
     @abc.abstractmethod
-    def flops(self, grid: Grid) -> float:
+    def flops(self, grid: Grid, density: float | None = None) -> float:
         """Forward floating-point operations of the layer for one sample of this grid.
 
         A multiply-add counts as two; softmax, feature maps and divisions are not counted.
+
+        Args:
+            grid: latent grid in tokens.
+            density: fraction of exact scores, where `density(grid)` is None or another is wanted.
+
+        Raises:
+            ValueError: the density depends on the inputs and none was given.
         """
+
+    def _density(self, grid: Grid, density: float | None) -> float:
+        """The density that `flops` counts with."""
+        found = self.density(grid) if density is None else density
+        if found is None:
+            raise ValueError(
+                f"the density of attention {self.config.name!r} depends on its inputs; give "
+                "density=, from exact_fraction(query, key, context)"
+            )
+        return found
 
     def extra_repr(self) -> str:
         return f"{self.config}, layer_index={self.layer_index}"

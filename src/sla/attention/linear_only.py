@@ -36,7 +36,10 @@ class LinearOnlyAttention(AttentionMethod):
     def density(self, grid: Grid) -> float:
         return 0.0
 
-    def flops(self, grid: Grid) -> float:
+    def exact_fraction(self, query: Tensor, key: Tensor, context: AttentionContext) -> float:
+        return 0.0
+
+    def flops(self, grid: Grid, density: float | None = None) -> float:
         """2 N F D for phi(K)^T V and as much for phi(Q) H, F the width of the feature map."""
         width = self.feature_map.width
         return 4.0 * self.num_heads * tokens_of(grid) * width * self.head_dim

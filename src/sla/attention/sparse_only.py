@@ -68,10 +68,10 @@ class BlockSparseAttention(AttentionMethod):
         _, t_n, critical = self.blocks(grid)
         return critical / t_n
 
-    def flops(self, grid: Grid) -> float:
+    def flops(self, grid: Grid, density: float | None = None) -> float:
         """Exact attention on the critical blocks, plus the pooled scores of the routing."""
         t_m, t_n, _ = self.blocks(grid)
-        exact = 4.0 * tokens_of(grid) ** 2 * self.head_dim * self.density(grid)
+        exact = 4.0 * tokens_of(grid) ** 2 * self.head_dim * self._density(grid, density)
         routing = 2.0 * t_m * t_n * self.head_dim
         return self.num_heads * (exact + routing)
 

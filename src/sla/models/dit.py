@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sla.attention import AttentionConfig, AttentionContext, AttentionMethod, build_attention
+from sla.attention.token_order import raster_order, tile_order
 
 Grid = tuple[int, int, int]
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, (N, 1, head_dim / 2), float32
@@ -329,7 +330,8 @@ class VideoDiT(nn.Module):
 
     Args:
         config: sizes.
-        attention_config: config of a registered attention method, used in every layer.
+        attention_config: config of a registered attention method, used in every layer. Its `tile`
+            is the order of the tokens inside; inputs and outputs are in raster order always.
 
     Attributes:
         activation_checkpointing: recompute each block in the backward pass to save memory;
@@ -420,7 +422,14 @@ class VideoDiT(nn.Module):
         hidden = self.patch_embedding(patchify(latents, config.patch_size).to(dtype))
         positions = position_embedding(grid, config.hidden_size, latents.device)
         hidden = (hidden + positions).to(dtype)
-        context = AttentionContext(grid=grid, timestep=timestep)
+        tile = self.attention_config.tile
+        if tile is not None:
+            # Tokens and their rotary positions move together; between here and the patches
+            # only self-attention mixes tokens, and its method knows the order.
+            order = tile_order(grid, tile, latents.device)
+            hidden = hidden[:, order]
+            rotary = (rotary[0][order], rotary[1][order])
+        context = AttentionContext(grid=grid, timestep=timestep, tile=tile)
         for block in self.blocks:
             arguments = (hidden, time, text, text_mask, rotary, context)
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -430,6 +439,8 @@ class VideoDiT(nn.Module):
 
         shift, scale = (self.modulation + time_hidden.unsqueeze(1)).chunk(2, dim=1)
         velocity = self.head(modulate(self.norm(hidden), shift, scale))
+        if tile is not None:
+            velocity = velocity[:, raster_order(grid, tile, latents.device)]
         return unpatchify(velocity, grid, config.patch_size).to(latents.dtype)
 
     def _check(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Grid:
@@ -466,8 +477,8 @@ class VideoDiT(nn.Module):
         """Replace the self-attention method of every layer; all other weights stay as they are.
 
         The new methods' own parameters are freshly initialised, on the model's device and in its
-        dtype (a method may keep some in float32). Build optimisers after this, not before. If a
-        method cannot be built, the model is unchanged.
+        dtype (a method may keep some in float32); the token order becomes the config's. Build
+        optimisers after this, not before. If a method cannot be built, the model is unchanged.
 
         Raises:
             ValueError, TypeError: from `build_attention`.
