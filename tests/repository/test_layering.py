@@ -25,6 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "sla.files": (),
     "sla.data": ("sla.files", *_BELOW_DATA),
     "sla.analysis": _BELOW_DATA,
+    "sla.flops": _BELOW_MODELS,
     "sla.results": _BELOW_TRAINING,
     "sla.training": _BELOW_TRAINING,
     "sla.figures": ("sla.results", *_BELOW_TRAINING),

@@ -75,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
             )
         command.set_defaults(run=run)
 
+    router = commands.add_parser("router", help="train SLA2's routers before fine-tuning")
+    _add_config(router)
+    router.set_defaults(run=_router)
+
     generate = commands.add_parser("generate", help="write a video of a prompt")
     _add_config(generate)
     generate.add_argument("--prompt", required=True, help="what the video shows")
@@ -93,12 +97,37 @@ def build_parser() -> argparse.ArgumentParser:
     tables.add_argument("--check", action="store_true", help="fail if they are out of date")
     tables.set_defaults(run=_tables)
 
+    flops = commands.add_parser("flops", help="count FLOPs beside the paper's efficiency columns")
+    flops.add_argument("--format", choices=["markdown", "csv"], default="markdown")
+    flops.add_argument(
+        "--grid",
+        type=_positive,
+        nargs=3,
+        metavar=("FRAMES", "HEIGHT", "WIDTH"),
+        help="latent grid in tokens; default: Wan2.1-1.3B's at 480p x 81 frames",
+    )
+    for name, what in (
+        ("--heads", "attention heads"),
+        ("--head-dim", "width of a head"),
+        ("--layers", "attention layers"),
+    ):
+        flops.add_argument(
+            name, type=_positive, metavar="N", help=f"{what}; default: Wan2.1-1.3B's"
+        )
+    flops.set_defaults(run=_flops)
+
     figures = commands.add_parser("figures", help="draw the paper's figures from results/")
     figures.add_argument("--out", type=Path, default=Path("figures"), help="folder to write")
     figures.add_argument("--results", type=Path, default=Path("results"), help="folder to read")
     figures.set_defaults(run=_figures)
 
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +153,12 @@ def _finetune(options: argparse.Namespace) -> None:
     from sla.cli.train import finetune
 
     finetune(options.config, options.overrides, record=options.record)
+
+
+def _router(options: argparse.Namespace) -> None:
+    from sla.cli.router import train
+
+    train(options.config, options.overrides)
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -152,6 +187,12 @@ def _tables(options: argparse.Namespace) -> int:
         print(f"{options.readme} differs from results/: run `make tables`", file=sys.stderr)
         return 1
     return 0
+
+
+def _flops(options: argparse.Namespace) -> None:
+    from sla.cli.flops import show
+
+    show(options.grid, options.heads, options.head_dim, options.layers, options.format)
 
 
 def _figures(options: argparse.Namespace) -> None:

@@ -31,6 +31,8 @@ class RunConfig:
             `never` renames an older run of this name and starts anew; anything else is the path
             of a checkpoint to continue from.
         init_weights: safetensors file of the pretrained model, or empty to start from scratch.
+        router_weights: safetensors file of the routers and mixing ratios that fine-tuning with
+            `sla2` starts from (stage 1, `python -m sla router`), or null for SLA's routing.
     """
 
     name: str = "run"
@@ -38,6 +40,7 @@ class RunConfig:
     seed: int = 0
     resume: str = "auto"
     init_weights: str = ""
+    router_weights: str | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a folder name")
@@ -178,6 +181,49 @@ class SamplingConfig:
 
 
 @dataclass
+class RouterConfig:
+    """Stage 1 of SLA2: router and mixing ratio of each layer on captured queries, keys and values.
+
+    The paper gives `critical` and `tau`; the other numbers are ours.
+
+    Attributes:
+        clips: training clips to capture; each passes the model at one timestep.
+        critical: critical fractions to train at, one after the other. The mixing ratio ends at
+            that of the last one.
+        steps: Adam steps of each layer, shared out evenly among the fractions.
+        learning_rate: of the router's matrices.
+        mixing_learning_rate: of the mixing ratio's logit, which has further to go.
+        tau: temperature of SoftTop-k.
+        straight_through: compute with the hard top-k and take only the gradient from SoftTop-k.
+            Not the paper's. With many key blocks and the paper's tau the soft output is nearly
+            exact attention whatever the router does, and the mixing ratio goes to 1.
+        query_blocks: query blocks, drawn anew for each step, at which the outputs are compared; as
+            many are measured for the report.
+        max_gib: the most that the captured samples may take.
+    """
+
+    clips: int = 16
+    critical: list[float] = field(default_factory=lambda: [0.05, 0.04, 0.03])
+    steps: int = 300
+    learning_rate: float = 1e-3
+    mixing_learning_rate: float = 3e-2
+    tau: float = 0.1
+    straight_through: bool = False
+    query_blocks: int = 8
+    max_gib: float = 8.0
+
+    def __post_init__(self) -> None:
+        inside = bool(self.critical) and all(0 < fraction < 1 for fraction in self.critical)
+        _require(inside, "router.critical", self.critical, "one or more fractions in (0, 1)")
+        for name in ("clips", "query_blocks"):
+            _require(getattr(self, name) >= 1, f"router.{name}", getattr(self, name), ">= 1")
+        enough = self.steps >= len(self.critical)
+        _require(enough, "router.steps", self.steps, "at least one for each of router.critical")
+        for name in ("learning_rate", "mixing_learning_rate", "tau", "max_gib"):
+            _require(getattr(self, name) > 0, f"router.{name}", getattr(self, name), "positive")
+
+
+@dataclass
 class Experiment:
     """Everything that defines a run."""
 
@@ -190,3 +236,4 @@ class Experiment:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)

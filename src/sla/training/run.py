@@ -22,6 +22,7 @@ from sla.attention import FullConfig
 from sla.data.module import VideoDataModule
 from sla.data.video import grid, picture_strip, write_picture, write_video
 from sla.models.checkpoint import load_weights, save_model
+from sla.models.dit import VideoDiT
 from sla.models.text import ByteTextEncoder
 from sla.training.build import (
     build_evaluator,
@@ -33,6 +34,7 @@ from sla.training.callbacks import SampleVideos, log_videos
 from sla.training.config import Experiment
 from sla.training.generation import generate_videos
 from sla.training.module import DiffusionModule
+from sla.training.router import load_router
 from sla.training.run_folder import RunError, RunFolder, is_rank_zero, open_run
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,7 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     load_weights(experiment.run.init_weights, model, text_encoder)
     module = build_module(experiment, model, text_encoder)
     baseline = _baseline(experiment, folder, module, data)
-    model.set_attention(experiment.attention)
+    _swap_in(experiment, model)
 
     first = {
         "val/loss": baseline["sla_val_loss_before"],
@@ -160,7 +162,7 @@ def _baseline(
         return stored
     full = evaluate(experiment, module, data)
     log.info(f"full attention: validation loss {full.loss:.5f}")
-    module.model.set_attention(experiment.attention)
+    _swap_in(experiment, module.model)
     swapped = evaluate(experiment, module, data)
     log.info(
         f"{experiment.attention.name} swapped in, not fine-tuned: validation loss "
@@ -174,6 +176,13 @@ def _baseline(
     if is_rank_zero():
         folder.write_json("baseline.json", baseline)
     return baseline
+
+
+def _swap_in(experiment: Experiment, model: VideoDiT) -> None:
+    """Give the model the experiment's attention, with its routers of stage 1 if there are any."""
+    model.set_attention(experiment.attention)
+    if experiment.run.router_weights is not None:
+        load_router(experiment.run.router_weights, model)
 
 
 def evaluate(experiment: Experiment, module: DiffusionModule, data: VideoDataModule) -> Measured:
