@@ -27,7 +27,7 @@ resume = $(if $(RESUME),run.resume=$(RESUME))
 record = $(if $(RECORD),--record)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data pretrain finetune generate eval bench tables figures tensorboard test test-fast test-gpu sanitize lint format typecheck clean
+.PHONY: help setup data pretrain finetune generate eval bench flops tables figures tensorboard test test-fast test-gpu sanitize lint format typecheck clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,8 +56,12 @@ generate: $(ENVIRONMENT) ## write a video: PROMPT="..." CKPT= CONFIG= OUT= ARGS=
 eval: $(ENVIRONMENT) ## measure a model: validation loss and video metrics: CKPT= CONFIG= ARGS=
 	$(PY) -m sla eval --config $(config) $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-bench: $(ENVIRONMENT) ## time the operator against exact attention: ARGS="--suite wan-1.3b --record"
-	$(PY) -m sla.benchmark kernels $(ARGS)
+BENCH ?= kernels
+bench: $(ENVIRONMENT) ## time the operator against exact attention: ARGS="--suite wan-1.3b --record", BENCH=attention
+	$(PY) -m sla.benchmark $(BENCH) $(ARGS)
+
+flops: $(ENVIRONMENT) ## count every method's FLOPs beside the paper's: ARGS="--format csv"
+	$(PY) -m sla flops $(ARGS)
 
 tables: $(ENVIRONMENT) ## write the tables of README.md from results/
 	$(PY) -m sla tables

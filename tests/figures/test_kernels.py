@@ -185,3 +185,32 @@ def test_the_papers_numbers() -> None:
         13.7, abs=0.05
     )
     assert [both[1] for both in PAPER_TFLOPS.values()] == [218, 370, 1032, 620, 1011, 1479]
+
+
+def test_attention_methods_are_one_line_each_in_the_order_of_the_run(tmp_path: Path) -> None:
+    file = ResultsFile("attention", root=tmp_path, command=["bench"])
+    for method in ("sparse_only-64x64", "vsa"):
+        for direction in ("forward", "backward"):
+            failed = method == "vsa" and direction == "backward"
+            times = dict.fromkeys(("ms_median", "sparse_ms", "predicted_ms", "ratio", "extras_ms"))
+            if not failed:
+                times |= {"ms_median": 3.5, "sparse_ms": 2.25, "predicted_ms": 2.0, "ratio": 1.125}
+            row = {
+                "method": method,
+                "direction": direction,
+                "tokens": 32_760,
+                "heads": 12,
+                "head_dim": 128,
+                "dtype": "bfloat16",
+                "block_q": 64,
+                "block_kv": 64,
+                "exact_fraction": 0.085,
+                "error": "RuntimeError: no" if failed else None,
+            }
+            file.append(row | times)
+    lines = tables.attention_methods(tmp_path).splitlines()
+    assert lines[2].startswith("| sparse_only-64x64 | 64x64 | 8.5% | 3.50 | 2.25 | 2.00 | 1.12 |")
+    assert lines[3].startswith("| vsa | 64x64 | 8.5% | 3.50 | 2.25 |")
+    assert lines[3].endswith("| failed |  |  |  |  |")
+    assert "`bench`" in lines[-1]
+    assert "no record yet" in tables.attention_methods(tmp_path / "nothing")

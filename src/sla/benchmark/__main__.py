@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sla.benchmark import kernels
+from sla.benchmark import attention, kernels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,6 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sla.benchmark", description=__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     kernels.add_parser(benchmarks.add_parser("kernels", help=kernels.__doc__))
+    attention.add_parser(benchmarks.add_parser("attention", help=attention.__doc__))
     options = parser.parse_args(arguments)
     return int(options.run(options))
 

@@ -186,13 +186,43 @@ def kernels_stages(root: Path = RESULTS) -> str:
     return _gpu_table(head, body, used, "wan-1.3b")
 
 
+def attention_methods(root: Path = RESULTS) -> str:
+    """Every attention method on a GPU: its exact work, what that predicts, and its extras."""
+    rows: list[Measurement] = []
+    for found in read_newest_rows("attention", ATTENTION_IDENTITY, root).values():
+        rows = rows or [m for m in reversed(found) if m.row["dtype"] == "bfloat16"]
+    head = ["method", "blocks", "exact scores"]
+    for direction in DIRECTIONS[:2]:
+        head += [f"{direction}: all, ms", "sparse branch", "predicted", "ratio", "extras"]
+    labels = dict.fromkeys(m.row["method"] for m in rows)
+    body = []
+    for label in labels:
+        by = {m.row["direction"]: m.row for m in rows if m.row["method"] == label}
+        row = next(iter(by.values()))
+        blocks = f"{row['block_q']}x{row['block_kv']}"
+        fraction = row["exact_fraction"]
+        line = [label, blocks, "" if fraction is None else f"{fraction:.1%}"]
+        for direction in DIRECTIONS[:2]:
+            one: Row = by.get(direction, {})
+            line.append(_ms(one or None))
+            for key in ("sparse_ms", "predicted_ms", "ratio", "extras_ms"):
+                line.append(f"{one[key]:.2f}" if one.get(key) is not None else "")
+        body.append(line)
+    if not body:
+        return "(no record yet: `make bench ARGS=--record BENCH=attention` on a GPU)"
+    sources = {m.source.path: m.source for m in rows}
+    return f"{_markdown(head, body)}\n\n{_origin(list(sources.values()))}"
+
+
 DIRECTIONS = ("forward", "backward", "forward_backward")
+ATTENTION_IDENTITY = ("method", "direction", "tokens", "heads", "head_dim", "dtype")
 METHOD_NAMES = {
     "sdpa": "SDPA",
     "flash_attention_2": "FlashAttention-2",
     "cudnn": "cuDNN attention",
     "flex_block_sparse": "FlexAttention, sparse branch only",
     "sparse_only": "ours, sparse branch only",
+    "sparse_only_fp8": "ours, sparse branch only, FP8",
     "sla_given_map": "SLA, routing not timed",
     "sla": "SLA, whole operator",
 }
@@ -288,6 +318,7 @@ def _gpu_table(
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "attention_methods": attention_methods,
     "finetune": finetune,
     "kernels_cpu": kernels_cpu,
     "kernels_gpu": kernels_gpu,
