@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Each worker of pytest-xdist has one core to itself; more threads would fight for it. (Set before
 # torch is imported, and for what tests start.)
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -13,3 +15,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if os.environ.get("SLA_TEST_GPU") != "1":
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """No test's numbers depend on the tests that its worker has run before."""
+    import torch
+
+    torch.manual_seed(0)
