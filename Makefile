@@ -12,6 +12,8 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/.complete
 endif
 
+CONFIG_latents := configs/pretrain/demo.yaml
+CONFIG_data-report := configs/data/demo.yaml
 CONFIG_finetune := configs/finetune/demo.yaml
 CONFIG_pretrain := configs/pretrain/demo.yaml
 CONFIG_generate := configs/finetune/demo.yaml
@@ -27,10 +29,10 @@ resume = $(if $(RESUME),run.resume=$(RESUME))
 record = $(if $(RECORD),--record)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data pretrain finetune generate eval bench flops tables figures tensorboard test test-fast test-gpu sanitize lint format typecheck clean
+.PHONY: help setup data latents data-report pretrain finetune generate eval bench bench-e2e flops tables figures tensorboard test test-fast test-gpu sanitize lint format typecheck clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(ENVIRONMENT) ## create .venv with everything that the other targets need
 
@@ -42,6 +44,12 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 
 data: $(ENVIRONMENT) ## build the demo set of real clips under data/demo
 	$(PY) -m sla data $(ARGS)
+
+latents: $(ENVIRONMENT) ## encode a set into a latent cache: CONFIG= OUT= ARGS="latents.passes=4"
+	$(PY) -m sla latents --config $(config) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+data-report: $(ENVIRONMENT) ## say what a set holds and what is wrong with it: CONFIG= OUT= ARGS=
+	$(PY) -m sla data-report --config $(config) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 pretrain: $(ENVIRONMENT) ## train the demo model with full attention (for a GPU): CONFIG= ARGS= RESUME=
 	$(PY) -m sla pretrain $(record) --config $(config) $(resume) $(ARGS)
@@ -59,6 +67,9 @@ eval: $(ENVIRONMENT) ## measure a model: validation loss and video metrics: CKPT
 BENCH ?= kernels
 bench: $(ENVIRONMENT) ## time the operator against exact attention: ARGS="--suite wan-1.3b --record", BENCH=attention
 	$(PY) -m sla.benchmark $(BENCH) $(ARGS)
+
+bench-e2e: $(ENVIRONMENT) ## time Wan2.1 from end to end: ARGS="--what step train --record"
+	$(PY) -m sla.benchmark e2e $(ARGS)
 
 flops: $(ENVIRONMENT) ## count every method's FLOPs beside the paper's: ARGS="--format csv"
 	$(PY) -m sla flops $(ARGS)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from sla.data.decode import frame_window
 from sla.data.manifest import DataError
 from sla.data.module import (
     DataConfig,
     StreamBatches,
     VideoDataModule,
     draw_sample,
-    frame_window,
     pass_order,
 )
 from sla.data.testing import write_clip_set

@@ -17,6 +17,8 @@ def build(root: Path) -> None:
 
 def ensure(config: DataConfig) -> None:
     """Build the demo set if that is what the config names and it is not there yet."""
+    if config.source != "manifest":
+        return
     if Path(config.root) == DEMO_ROOT and not (DEMO_ROOT / "manifest.jsonl").is_file():
         print(f"{DEMO_ROOT} is not there yet; building the demo set of real clips")
         build(DEMO_ROOT)

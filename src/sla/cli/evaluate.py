@@ -11,9 +11,8 @@ from sla.cli import weights
 from sla.cli.data import ensure
 from sla.cli.quiet import quiet_lightning
 from sla.config import load_experiment
-from sla.data.module import VideoDataModule
 from sla.data.video import write_video
-from sla.training.build import sampling_device
+from sla.training.build import build_data, sampling_device
 from sla.training.run import default_prompts, sample_videos
 from sla.training.run import evaluate as measure
 
@@ -37,7 +36,7 @@ def evaluate(config: Path, overrides: Sequence[str], path: Path | None, out: Pat
     else:
         model = weights.load(experiment, path)
     out = out or Path(experiment.run.dir) / experiment.run.name / "eval"
-    data = VideoDataModule(experiment.data)
+    data = build_data(experiment)
     prompts = default_prompts(experiment, data)
 
     report: dict[str, object] = {"weights": str(model.path), "attention": model.name}

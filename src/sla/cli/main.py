@@ -62,6 +62,29 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--root", type=Path, default=Path("data/demo"), help="folder to write")
     data.set_defaults(run=_data)
 
+    latents = commands.add_parser("latents", help="encode a set into a latent cache")
+    _add_config(latents)
+    latents.add_argument(
+        "--out", type=Path, help="folder of the cache; default: data.cache, or data/latents"
+    )
+    latents.add_argument("--rank", type=int, help="of this process; default: $RANK, or 0")
+    latents.add_argument("--world-size", type=int, help="default: $WORLD_SIZE, or 1")
+    latents.set_defaults(run=_latents)
+
+    report = commands.add_parser("data-report", help="say what a set holds and what is wrong")
+    _add_config(report)
+    report.add_argument("--out", type=Path, help="folder to write; default: runs/data-report/NAME")
+    report.add_argument(
+        "--sheet", type=int, default=48, metavar="N", help="clips on the contact sheet"
+    )
+    report.add_argument(
+        "--quick", action="store_true", help="decode each clip's first frame, not all of them"
+    )
+    report.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes; default: one a core"
+    )
+    report.set_defaults(run=_data_report)
+
     for name, run, text in (
         ("pretrain", _pretrain, "train the model with full attention"),
         ("finetune", _finetune, "swap the attention in and fine-tune"),
@@ -121,6 +144,24 @@ def build_parser() -> argparse.ArgumentParser:
     figures.add_argument("--results", type=Path, default=Path("results"), help="folder to read")
     figures.set_defaults(run=_figures)
 
+    convert = commands.add_parser(
+        "convert-checkpoint", help="convert TurboDiffusion's SLA checkpoints to ours, and back"
+    )
+    convert.add_argument(
+        "source", type=Path, metavar="IN", help="their .safetensors or .pth file, or our folder"
+    )
+    convert.add_argument(
+        "target", type=Path, metavar="OUT", help="our folder to write, or their file"
+    )
+    convert.add_argument(
+        "--critical",
+        type=float,
+        default=0.10,
+        metavar="FRACTION",
+        help="top-k ratio that their model was trained with; default: %(default)s",
+    )
+    convert.set_defaults(run=_convert)
+
     return parser
 
 
@@ -141,6 +182,25 @@ def _data(options: argparse.Namespace) -> None:
     from sla.cli.data import build
 
     build(options.root)
+
+
+def _latents(options: argparse.Namespace) -> None:
+    from sla.cli.latents import encode
+
+    encode(options.config, options.overrides, options.out, options.rank, options.world_size)
+
+
+def _data_report(options: argparse.Namespace) -> None:
+    from sla.cli.data_report import report
+
+    report(
+        options.config,
+        options.overrides,
+        options.out,
+        sheet=options.sheet,
+        whole=not options.quick,
+        workers=options.workers,
+    )
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -199,3 +259,10 @@ def _figures(options: argparse.Namespace) -> None:
     from sla.figures.figure6a import draw
 
     print("\n".join(str(path) for path in draw(options.out, options.results)))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from sla.models.interchange import convert_checkpoint
+
+    written = convert_checkpoint(options.source, options.target, critical=options.critical)
+    print("\n".join(str(path) for path in written))

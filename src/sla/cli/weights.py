@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sla.models.checkpoint import load_model
-from sla.training.build import build_module
+from sla.models.text import ByteTextEncoder
+from sla.training.build import build_module, load_text_encoder
 from sla.training.config import Experiment
 from sla.training.module import DiffusionModule
 from sla.training.run_folder import RunError
@@ -66,13 +67,19 @@ def load(experiment: Experiment, path: Path, *, swap: bool = False) -> Loaded:
     if not path.is_file():
         raise RunError(f"no weights {path}")
     loaded = load_model(path, attention=experiment.attention if swap else None)
-    if loaded.text_encoder is None:
-        raise RunError(f"{path} holds no text encoder; it cannot be used alone")
+    text_encoder = loaded.text_encoder or load_text_encoder(
+        experiment.text_encoder, experiment.text
+    )
+    if loaded.text_encoder is None and isinstance(text_encoder, ByteTextEncoder):
+        raise RunError(
+            f"{path} holds no text encoder; name the frozen one that it was trained with "
+            "(text_encoder.name, text_encoder.source)"
+        )
     experiment = replace(
         experiment,
         model=loaded.header.model,
-        text=loaded.text_encoder.config,
+        text=loaded.header.text or experiment.text,
         attention=loaded.model.attention_config,
     )
-    module = build_module(experiment, loaded.model, loaded.text_encoder).eval()
+    module = build_module(experiment, loaded.model, text_encoder).eval()
     return Loaded(experiment.attention.name, path, module, experiment)

@@ -1,11 +1,12 @@
 """Video-caption data: decoding, the demo set, lists of clips, and the LightningDataModule.
 
 Imported from here: names of `sla.data.video`, `sla.data.manifest`, `sla.data.demo`. The data module
-itself is imported from `sla.data.module` (or lazily from here), because it needs lightning.
+and the latent cache are imported when they are asked for: the former needs lightning.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from sla.data.demo import DemoDataError, DemoSummary, build_demo_set, verify_demo_set
@@ -29,9 +30,13 @@ from sla.data.video import (
 )
 
 if TYPE_CHECKING:
+    from sla.data.latents import LatentCache, write_cache
     from sla.data.module import DataConfig, VideoBatch, VideoDataModule
 
-_LAZY = ("DataConfig", "VideoBatch", "VideoDataModule")
+_LAZY = {
+    **dict.fromkeys(("DataConfig", "VideoBatch", "VideoDataModule"), "module"),
+    **dict.fromkeys(("LatentCache", "write_cache"), "latents"),
+}
 
 __all__ = [
     "Clip",
@@ -40,6 +45,7 @@ __all__ = [
     "DataError",
     "DemoDataError",
     "DemoSummary",
+    "LatentCache",
     "VideoBatch",
     "VideoDataModule",
     "VideoError",
@@ -57,6 +63,7 @@ __all__ = [
     "to_frames",
     "to_tensor",
     "verify_demo_set",
+    "write_cache",
     "write_gif",
     "write_picture",
     "write_video",
@@ -65,7 +72,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        from sla.data import module
-
-        return getattr(module, name)
+        return getattr(importlib.import_module(f"sla.data.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Lists of captioned clips: a manifest (JSONL or CSV), or a folder of videos with .txt files."""
+"""Lists of captioned clips: a manifest (JSONL, CSV, Parquet), or a folder of videos with texts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sla.data.video import VIDEO_SUFFIXES, VideoError, count_frames
+from sla.data.decode import VideoFile
+from sla.data.video import VIDEO_SUFFIXES, VideoError
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
+MANIFEST_SUFFIXES = (".jsonl", ".csv", ".parquet")
 NO_DATA = "run `make data` for the demo set, or set data.root to a folder of videos with captions"
 
 
@@ -134,13 +136,16 @@ def load_clips(
     max_bad_fraction: float = 0.1,
     min_frames: int = 1,
     probe_videos: bool = True,
+    video_field: str = "video",
+    caption_field: str = "caption",
+    folder_only: bool = False,
 ) -> ClipSet:
     """Reads the list of clips and checks each entry.
 
-    A manifest has one entry a line (JSONL) or a header line (CSV) with the fields `video` (path,
-    relative to the manifest) and `caption`, and may have `id` and `split` (`train` or `val`); other
-    fields are kept in `Clip.info`. Without a manifest every video below `root` is taken, with its
-    caption in the .txt file of the same name.
+    A manifest has an entry a line (JSONL), a header line (CSV) or columns (Parquet). Its fields are
+    `video` (path, relative to the manifest) and `caption`, perhaps `id` and `split` (`train` or
+    `val`); others are kept in `Clip.info`. Without a manifest every video below `root` is taken,
+    with its caption in the .txt file of the same name.
 
     An entry without a caption, or whose video is missing or unreadable, is left out, counted, and
     named once in the log. So is a video shorter than `min_frames`, but that is no fault: it does
@@ -148,22 +153,24 @@ def load_clips(
 
     Args:
         root: folder of the set.
-        manifest: file name in `root` or a path; empty: manifest.jsonl or manifest.csv in `root` if
-            there is one, else the folder itself.
+        manifest: file name in `root` or a path; empty: manifest.jsonl, .csv or .parquet in `root`
+            if there is one, else the folder itself.
         val_fraction: share of the clips without a stated split that validate.
         max_bad_fraction: tolerated share of entries that are left out.
         min_frames: frames a video must have.
         probe_videos: open every video now (a few milliseconds each) instead of at first use.
+        video_field, caption_field: the manifest's names of these two fields.
+        folder_only: take the folder itself, whatever manifests lie in it.
 
     Raises:
         DataError: nothing found, or too many bad entries.
         ValueError: a split that is neither `train` nor `val`.
     """
     root = Path(root)
-    path = _manifest_path(root, manifest)
+    path = None if folder_only else _manifest_path(root, manifest)
     found: Iterator[tuple[str, dict[str, Any] | str]]
     if path is not None:
-        found = _read_manifest(path)
+        found = _read_manifest(path, video_field, caption_field)
     elif root.is_dir():
         found = _read_folder(root)
     else:
@@ -203,7 +210,7 @@ def _manifest_path(root: Path, manifest: str) -> Path | None:
         # A bare name lies in root; a path may also be given as seen from the working folder.
         candidates = [root / manifest, Path(manifest)]
     else:
-        candidates = [root / "manifest.jsonl", root / "manifest.csv"]
+        candidates = [root / f"manifest{suffix}" for suffix in MANIFEST_SUFFIXES]
     for path in candidates:
         if path.is_file():
             return path
@@ -212,31 +219,44 @@ def _manifest_path(root: Path, manifest: str) -> Path | None:
     return None
 
 
-def _read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _read_manifest(
+    path: Path, video_field: str, caption_field: str
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Yields (name for the log, fields with `video` resolved, or why the line is bad)."""
-    if path.suffix not in (".jsonl", ".csv"):
-        raise DataError(f"data.manifest: must end in .jsonl or .csv, got {path}")
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    if path.suffix == ".csv":
-        rows: Iterator[tuple[int, Any]] = enumerate(_csv_rows(text, path), start=1)
+    if path.suffix not in MANIFEST_SUFFIXES:
+        allowed = ".jsonl or .csv or .parquet"
+        raise DataError(f"data.manifest: must end in {allowed}, got {path}")
+    rows: Iterator[tuple[int, Any]]
+    if path.suffix == ".parquet":
+        rows = enumerate(_parquet_rows(path), start=1)
+    elif path.suffix == ".csv":
+        rows = enumerate(_csv_rows(_text(path), path), start=1)
     else:
-        rows = ((n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
+        lines = enumerate(_text(path).split("\n"), start=1)
+        rows = ((number, line) for number, line in lines if line.strip())
     for number, row in rows:
-        name = f"{path.name} {'row' if path.suffix == '.csv' else 'line'} {number}"
+        name = f"{path.name} {'line' if path.suffix == '.jsonl' else 'row'} {number}"
         try:
             fields = json.loads(row) if isinstance(row, str) else row
         except json.JSONDecodeError as error:
             yield name, f"not JSON: {error}"
             continue
-        if not isinstance(fields, dict) or not isinstance(fields.get("video"), str):
-            yield name, "no field `video`"
+        if not isinstance(fields, dict) or not isinstance(fields.get(video_field), str):
+            yield name, f"no field `{video_field}`"
             continue
-        if not fields["video"].strip():
-            yield name, "the field `video` is empty"
+        if not fields[video_field].strip():
+            yield name, f"the field `{video_field}` is empty"
             continue
+        fields["video"] = fields.pop(video_field)
+        if caption_field != "caption":
+            fields["caption"] = fields.pop(caption_field, None)
         fields.setdefault("id", Path(fields["video"]).with_suffix("").as_posix())
         fields["video"] = path.parent / fields["video"]
         yield f"{name} ({fields['id']})", fields
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8-sig", errors="replace")
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
@@ -245,6 +265,22 @@ def _csv_rows(text: str, path: Path) -> Iterator[dict[str, Any]]:
             yield {k: v for k, v in row.items() if k}  # cells beyond the header have no name
     except csv.Error as error:
         raise DataError(f"data.manifest: {path} is not a CSV file: {error}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(
+            f"data.manifest: {path} needs pyarrow: pip install 'sla-reproduction[parquet]'"
+        ) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            # In batches: a list of millions of clips is never twice in memory.
+            for batch in file.iter_batches(batch_size=4096):
+                yield from batch.to_pylist()
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.manifest: {path} cannot be read as Parquet: {error}") from None
 
 
 def _read_folder(root: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -286,7 +322,8 @@ def _check_entry(fields: dict[str, Any], val_fraction: float) -> Clip | str:
 def _frames(clip: Clip, probe_video: bool) -> int | None:
     """Number of frames, None where the file was only looked for. Raises VideoError."""
     if probe_video:
-        return count_frames(clip.video)
+        with VideoFile(clip.video) as video:
+            return video.track.frames
     if not clip.video.is_file():
         raise VideoError(str(clip.video), "no such file")
     return None

@@ -6,16 +6,19 @@ decides everything else. With batch size b on w ranks, a step reads the next b *
 r takes the r-th run of b of them: the ranks' batches, joined in order, are the batch that one
 process with batch size b * w would read. Hence exact resume (only the number of consumed samples is
 stored; what workers had fetched ahead does not matter), equality of one and many processes, and
-paired samples across experiments.
+paired samples across experiments. Shards are read in another order (`sla.data.order`), which is a
+pure function of (seed, i) too.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, TypedDict
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import lightning
 import numpy as np
@@ -23,14 +26,38 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sla.data.decode import Cut, Track, read_window, shown_size, time_window
+from sla.data.faults import FailureCount
+from sla.data.latents import CachedTrainStream, CachedWindows, LatentCache
 from sla.data.manifest import NO_DATA, Clip, ClipSet, DataError, FaultLog, load_clips
-from sla.data.video import Frames, VideoError, VideoInfo, read_frames, resize_crop, to_tensor
+from sla.data.order import (
+    SAMPLE,
+    BucketOrder,
+    Order,
+    PassOrder,
+    ShardOrder,
+    nearest_bucket,
+    pass_order,
+)
+from sla.data.shards import Shard, ShardSource, ShardStore, plan_shards
+from sla.data.streaming import (
+    Sample,
+    SampleDraw,
+    ShardStream,
+    ShardWindows,
+    bucket_sizes,
+    choose,
+    filling,
+    make_sample,
+    size_of,
+)
+from sla.data.video import Frames, VideoError, resize_crop
 from sla.files import sha256
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-# What a random generator is for; part of its seed, so that the draws are independent.
-_ORDER, _SAMPLE = 0, 1
+SOURCES = ("manifest", "folder", "webdataset", "latents")
 
 
 @dataclass
@@ -39,8 +66,9 @@ class DataConfig:
 
     Attributes:
         root: folder of the set.
-        manifest: JSONL or CSV file in `root` (or a path); empty: manifest.jsonl or manifest.csv in
-            `root` if there is one, else every video below `root` with a .txt caption beside it.
+        manifest: JSONL, CSV or Parquet file in `root` (or a path); empty: manifest.jsonl, .csv or
+            .parquet in `root` if there is one, else every video below `root` with a .txt caption
+            beside it.
         num_frames: frames of a sample, T.
         height: height of a sample in pixels.
         width: width of a sample in pixels.
@@ -66,6 +94,36 @@ class DataConfig:
         max_bad_fraction: tolerated share of clips that cannot be used, in [0, 1); more end the run.
         probe_videos: open every video at set-up (a few milliseconds each), so that faults are known
             before training; off, they are met when a clip is first used.
+        source: where samples come from: `manifest` (a list of videos, by `root` and `manifest`),
+            `folder` (every video below `root`, whatever lists lie there), `webdataset` (tar files,
+            by `shards`) or `latents` (a cache of encoded samples, by `cache`).
+        cache: folder of a latent cache: `make latents` writes it, the source `latents` reads it.
+        verify_cache: compare a shard's checksum when it is first opened, which reads it as a whole.
+        video_field: manifest field (column) with the video's path.
+        caption_field: field with the caption, of a manifest and of the .json of a shard's sample.
+        fps: frames per second to which videos are resampled, by their time stamps; `frame_stride`
+            then counts resampled frames. 0 takes the frames as they are.
+        decode_to_size: resize while colours are converted, so that no frame exists at its own size:
+            faster and smaller for large videos, with slightly other pixels. Clips are not cached.
+        buckets: sizes "HEIGHTxWIDTH"; a sample goes to the size that is nearest in aspect ratio,
+            and a batch is of one size. Empty: all samples are `height` x `width`. Validation is of
+            that size in any case.
+        shards: tar files of the source `webdataset`: paths and URLs, with `*` and
+            `{00000..00009}`; relative to the working folder.
+        val_shards: the same for validation; empty: `val_fraction` of the samples of `shards`.
+        shuffle_window: of the source `webdataset`: samples of a lane among which the order is
+            random. Of the other sources the order of a pass is a permutation of all.
+        shard_lanes: sequences of shards that are read side by side. A worker has shards of its own
+            if this is a multiple of ranks x workers. The order depends on it, and on no number of
+            ranks or workers.
+        shard_cache: folder of what was found out of shards (names and places of their samples) and
+            of copies of remote ones.
+        shard_cache_gib: GiB of copies of remote shards that are kept.
+        url_retries: how often a remote shard is asked for again.
+        timeout: seconds without progress after which a transfer or the decoding of a sample fails.
+        max_file_mib: MiB of the largest video in a shard that is read.
+        max_failure_share: tolerated share of the samples tried that cannot be read, of the source
+            `webdataset`, in [0, 1); more end the run. (Of a list, see `max_bad_fraction`.)
     """
 
     root: str = "data/demo"
@@ -86,16 +144,47 @@ class DataConfig:
     val_windows: int = 1
     max_bad_fraction: float = 0.1
     probe_videos: bool = True
+    source: str = "manifest"
+    cache: str = ""
+    verify_cache: bool = True
+    video_field: str = "video"
+    caption_field: str = "caption"
+    fps: float = 0.0
+    decode_to_size: bool = False
+    buckets: list[str] = field(default_factory=list)
+    shards: list[str] = field(default_factory=list)
+    val_shards: list[str] = field(default_factory=list)
+    shuffle_window: int = 1024
+    shard_lanes: int = 8
+    shard_cache: str = "data/cache"
+    shard_cache_gib: float = 20.0
+    url_retries: int = 4
+    timeout: float = 60.0
+    max_file_mib: int = 1024
+    max_failure_share: float = 0.1
 
     def __post_init__(self) -> None:
+        _require("source", self.source, self.source in SOURCES, f"one of {', '.join(SOURCES)}")
+        named = bool(self.cache) or self.source != "latents"
+        _require("cache", self.cache, named, "the folder of a latent cache (`make latents`)")
         for name in ("num_frames", "height", "width", "batch_size", "val_windows"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("num_workers", "cache_mib", "seed", "val_clips"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("caption_dropout", "val_fraction"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        limit = self.max_bad_fraction
-        _require("max_bad_fraction", limit, 0 <= limit < 1, "in [0, 1)")
+        for name in ("max_bad_fraction", "max_failure_share"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("shuffle_window", "shard_lanes", "max_file_mib"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("fps", "url_retries", "shard_cache_gib"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        _require("timeout", self.timeout, self.timeout > 0, "positive")
+        given = bool(self.shards) or self.source != "webdataset"
+        _require("shards", self.shards, given, "at least one tar file for data.source=webdataset")
+        sizes = all(re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", size) for size in self.buckets)
+        _require("buckets", self.buckets, sizes, 'sizes like "480x832" (height x width)')
+        _require("buckets", self.buckets, len({*self.buckets}) == len(self.buckets), "distinct")
         stride, scale = self.frame_stride, self.crop_scale
         ordered = len(stride) in (1, 2) and 1 <= stride[0] <= stride[-1]
         _require("frame_stride", stride, ordered, "[n] or [low, high] with 1 <= low <= high")
@@ -111,11 +200,16 @@ def _require(name: str, value: object, good: bool, allowed: str) -> None:
 class VideoBatch(TypedDict):
     """What the loaders yield.
 
-    video: float32 (B, 3, T, H, W) in [-1, 1].
+    video: float32 (B, 3, T, H, W) in [-1, 1]; from a latent cache latents (B, C, T', H', W').
     caption: B strings; empty where dropped.
     sample_index: int64 (B,): place in the training stream, or in the list of validation windows.
     clip_id: B strings.
     weight: float32 (B,): 1; 0 for the filling of validation batches, see `VideoDataModule`.
+
+    From a latent cache only, of the captions (empty where dropped):
+    token_ids: int64 (B, L), where the text encoder is trained with the model.
+    text: float32 (B, L, text_dim), where it is frozen.
+    text_mask: bool (B, L), True for real tokens.
     """
 
     video: Tensor
@@ -123,124 +217,82 @@ class VideoBatch(TypedDict):
     sample_index: Tensor
     clip_id: list[str]
     weight: Tensor
-
-
-@dataclass(frozen=True)
-class SampleDraw:
-    """The random choices of a training sample, made before the clip is opened.
-
-    Attributes:
-        clip: position in the list of training clips.
-        stride: distance between frames that is wanted.
-        start: where the window lies in time, 0 the first place it fits, 1 the last.
-        scale: side of the crop relative to the largest.
-        center: where the crop lies, (vertical, horizontal), each in [0, 1].
-        flip: mirror the frames.
-        drop_caption: replace the caption by the empty one.
-    """
-
-    clip: int
-    stride: int
-    start: float
-    scale: float
-    center: tuple[float, float]
-    flip: bool
-    drop_caption: bool
-
-
-@lru_cache(maxsize=4)
-def pass_order(seed: int, pass_index: int, clips: int) -> np.ndarray:
-    """int64 (clips,): the order of the clips in one pass over the set."""
-    order = np.random.default_rng([seed, _ORDER, pass_index]).permutation(clips)
-    order.flags.writeable = False  # it is shared
-    return order
+    token_ids: NotRequired[Tensor]
+    text: NotRequired[Tensor]
+    text_mask: NotRequired[Tensor]
 
 
 def draw_sample(config: DataConfig, clips: int, index: int) -> SampleDraw:
-    """The random choices of training sample `index`: a pure function of (config, clips, index).
-
-    All numbers are drawn whatever the config, so that changing one option leaves the others' draws.
-    """
+    """The random choices of training sample `index`: a pure function of (config, clips, index)."""
     pass_index, place = divmod(index, clips)
-    u = np.random.default_rng([config.seed, _SAMPLE, index]).random(7)
-    low, high = config.frame_stride[0], config.frame_stride[-1]
-    small, large = config.crop_scale[0], config.crop_scale[-1]
-    return SampleDraw(
-        clip=int(pass_order(config.seed, pass_index, clips)[place]),
-        stride=low + int(u[0] * (high - low + 1)),
-        start=float(u[1]),
-        scale=float(small + u[2] * (large - small)),
-        center=(float(u[3]), float(u[4])),
-        flip=config.horizontal_flip and bool(u[5] < 0.5),
-        drop_caption=bool(u[6] < config.caption_dropout),
-    )
+    clip = int(pass_order(config.seed, pass_index, clips)[place])
+    return choose(config, clip, _numbers(config, index))
 
 
-def frame_window(available: int, num_frames: int, stride: int, start: float) -> range:
-    """The frames of a sample: `num_frames` of them, `stride` apart.
-
-    Args:
-        available: frames of the clip.
-        num_frames: frames wanted.
-        stride: distance wanted; lowered to the largest that fits.
-        start: place of the window among those that fit, 0 the first, 1 the last.
-
-    Raises:
-        ValueError: the clip has fewer than `num_frames` frames.
-    """
-    if available < num_frames:
-        raise ValueError(f"it has {available} frames, {num_frames} are needed")
-    if num_frames > 1:
-        stride = min(stride, (available - 1) // (num_frames - 1))
-    span = (num_frames - 1) * stride + 1
-    places = available - span + 1
-    first = min(int(start * places), places - 1)
-    return range(first, first + span, stride)
+def _numbers(config: DataConfig, index: int) -> np.ndarray:
+    return np.random.default_rng([config.seed, SAMPLE, index]).random(7)
 
 
 class ClipReader:
-    """Reads windows of clips; keeps decoded clips up to `cache_mib` in memory."""
+    """Reads windows of clips; keeps decoded clips up to `cache_mib` in memory.
 
-    def __init__(self, cache_mib: int) -> None:
-        self._left = cache_mib * 2**20
-        self._cache: dict[str, Frames] = {}
+    Args:
+        config: how clips are read.
+    """
 
-    def __getstate__(self) -> dict[str, int | dict[str, Frames]]:
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+        # A clip that was resized while it was decoded is of one sample alone.
+        self._left = 0 if config.decode_to_size else config.cache_mib * 2**20
+        self._cache: dict[str, tuple[Track, Frames]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
         # A spawned worker starts with an empty cache instead of a pickled one.
-        return {"_left": self._left + sum(f.nbytes for f in self._cache.values()), "_cache": {}}
+        kept = sum(frames.nbytes for _, frames in self._cache.values())
+        return {**self.__dict__, "_left": self._left + kept, "_cache": {}}
 
-    def read(self, clip: Clip, num_frames: int, stride: int, start: float) -> Frames:
-        """uint8 (num_frames, H, W, 3) of the clip, see `frame_window`. Raises VideoError.
+    def read(self, clip: Clip, stride: int, start: float, cut: Cut) -> Frames:
+        """uint8 (num_frames, cut.height, cut.width, 3) of the clip, see `time_window`.
 
         A clip that fits into the cache is decoded as a whole, so it is bad if any frame is.
+
+        Raises:
+            VideoError: it cannot be read, or is too short.
         """
-        frames = self._cache.get(clip.id)
-        if frames is None:
-            keep = False
+        config = self._config
 
-            def choose(info: VideoInfo) -> range:
-                nonlocal keep
-                window = _window(clip, info.frames, num_frames, stride, start)
-                keep = info.frames * info.height * info.width * 3 <= self._left
-                return range(info.frames) if keep else window
+        def window(track: Track) -> Sequence[int]:
+            name = str(clip.video)
+            return time_window(track, config.num_frames, stride, start, config.fps, name)
 
-            frames = read_frames(clip.video, choose)
-            if not keep:
-                return frames
-            self._cache[clip.id] = frames
+        if config.decode_to_size:
+            return read_window(clip.video, window, cut, timeout=config.timeout)
+        cached = self._cache.get(clip.id)
+        if cached is None:
+            opened: Track | None = None
+
+            def which(track: Track) -> Sequence[int]:
+                nonlocal opened
+                chosen = window(track)
+                if track.frames * track.height * track.width * 3 > self._left:
+                    return chosen
+                opened = track
+                return range(track.frames)
+
+            frames = read_window(clip.video, which, timeout=config.timeout)
+            if opened is None:
+                return self._crop(frames, cut)
+            cached = self._cache[clip.id] = opened, frames
             self._left -= frames.nbytes
-        window = _window(clip, len(frames), num_frames, stride, start)
-        return frames[window.start : window.stop : window.step]
+        track, frames = cached
+        chosen = window(track)
+        if isinstance(chosen, range):  # a view, no copy
+            return self._crop(frames[chosen.start : chosen.stop : chosen.step], cut)
+        return self._crop(frames[list(chosen)], cut)
 
-
-def _window(clip: Clip, available: int, num_frames: int, stride: int, start: float) -> range:
-    try:
-        return frame_window(available, num_frames, stride, start)
-    except ValueError as error:
-        raise VideoError(str(clip.video), str(error)) from None
-
-
-Sample = dict[str, Any]
+    @staticmethod
+    def _crop(frames: Frames, cut: Cut) -> Frames:
+        return resize_crop(frames, cut.height, cut.width, scale=cut.scale, center=cut.center)
 
 
 class TrainStream(Dataset[Sample]):
@@ -250,36 +302,46 @@ class TrainStream(Dataset[Sample]):
     pass, with the sample's own draws. It is tried again whenever its turn comes, so that samples
     depend on the files alone and not on what was read before.
 
+    Args:
+        clips: the training clips.
+        config: how samples are cut.
+        faults: where bad clips are counted.
+        order: of the clips; a permutation per pass if None.
+
     Raises:
         DataError: from `__getitem__`, when the share of bad clips exceeds the limit.
     """
 
-    def __init__(self, clips: Sequence[Clip], config: DataConfig, faults: FaultLog) -> None:
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        config: DataConfig,
+        faults: FaultLog | FailureCount,
+        order: Order | None = None,
+    ) -> None:
         self.clips = clips
         self.config = config
         self.faults = faults
-        self.reader = ClipReader(config.cache_mib)
+        self.order = order or PassOrder(config.seed, len(clips))
+        self.reader = ClipReader(config)
 
     def __getitem__(self, index: int) -> Sample:
-        config, count = self.config, len(self.clips)
-        draw = draw_sample(config, count, index)
-        order = pass_order(config.seed, index // count, count)
-        for step in range(count):
-            position = int(order[(index + step) % count])
+        config = self.config
+        first = self.order.place(index)[1]
+        draw = choose(config, first, _numbers(config, index))
+        cut = Cut(*size_of(config, self.order, index), draw.scale, draw.center)
+        for position in itertools.chain([first], self.order.instead(index)):
             clip = self.clips[position]
             try:
-                frames = self.reader.read(clip, config.num_frames, draw.stride, draw.start)
+                frames = self.reader.read(clip, draw.stride, draw.start, cut)
             except VideoError as error:
                 self.faults.report(position, clip.id, error.reason)
                 continue
-            frames = resize_crop(
-                frames, config.height, config.width, scale=draw.scale, center=draw.center
-            )
             if draw.flip:
                 frames = np.ascontiguousarray(frames[:, :, ::-1])
             caption = "" if draw.drop_caption else clip.caption
-            return _sample(frames, caption, index, clip.id, 1.0)
-        raise DataError(f"none of the {count} training clips can be read: {NO_DATA}")
+            return make_sample(frames, caption, index, clip.id, 1.0)
+        raise DataError(f"none of the {len(self.clips)} training clips can be read: {NO_DATA}")
 
 
 class ValidationWindows(Dataset[Sample]):
@@ -291,13 +353,17 @@ class ValidationWindows(Dataset[Sample]):
     """
 
     def __init__(
-        self, clips: Sequence[Clip], config: DataConfig, faults: FaultLog, offset: int
+        self,
+        clips: Sequence[Clip],
+        config: DataConfig,
+        faults: FaultLog | FailureCount,
+        offset: int,
     ) -> None:
         self.clips = clips
         self.config = config
         self.faults = faults
         self.offset = offset  # of these clips in the fault log
-        self.reader = ClipReader(config.cache_mib)
+        self.reader = ClipReader(config)
 
     def __len__(self) -> int:
         return len(self.clips) * self.config.val_windows
@@ -305,43 +371,32 @@ class ValidationWindows(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         config = self.config
         if index >= len(self):
-            return self._filling(index, "")
+            return filling(config, index, "")
         position, window = divmod(index, config.val_windows)
         clip = self.clips[position]
         start = (window + 0.5) / config.val_windows
         try:
-            frames = self.reader.read(clip, config.num_frames, config.frame_stride[0], start)
+            cut = Cut(config.height, config.width)
+            frames = self.reader.read(clip, config.frame_stride[0], start, cut)
         except VideoError as error:
             self.faults.report(self.offset + position, clip.id, error.reason)
-            return self._filling(index, clip.id)
-        frames = resize_crop(frames, config.height, config.width)
-        return _sample(frames, clip.caption, index, clip.id, 1.0)
-
-    def _filling(self, index: int, clip_id: str) -> Sample:
-        config = self.config
-        gray = np.full((config.num_frames, config.height, config.width, 3), 127, dtype=np.uint8)
-        return _sample(gray, "", index, clip_id, 0.0)
-
-
-def _sample(frames: Frames, caption: str, index: int, clip_id: str, weight: float) -> Sample:
-    return {
-        "video": to_tensor(frames),
-        "caption": caption,
-        "sample_index": index,
-        "clip_id": clip_id,
-        "weight": weight,
-    }
+            return filling(config, index, clip.id)
+        return make_sample(frames, clip.caption, index, clip.id, 1.0)
 
 
 def collate(samples: Sequence[Sample]) -> VideoBatch:
     """Stacks samples into a `VideoBatch`."""
-    return {
+    batch: VideoBatch = {
         "video": torch.stack([s["video"] for s in samples]),
         "caption": [s["caption"] for s in samples],
         "sample_index": torch.tensor([s["sample_index"] for s in samples], dtype=torch.int64),
         "clip_id": [s["clip_id"] for s in samples],
         "weight": torch.tensor([s["weight"] for s in samples], dtype=torch.float32),
     }
+    for name in ("token_ids", "text", "text_mask"):
+        if name in samples[0]:
+            batch[name] = torch.stack([s[name] for s in samples])  # type: ignore[literal-required]
+    return batch
 
 
 class StreamBatches(Sampler[list[int]]):
@@ -399,7 +454,10 @@ class VideoDataModule(lightning.LightningDataModule):
         self.start_sample = 0
         self._consumed = 0
         self._clips: ClipSet | None = None
-        self._faults: FaultLog | None = None
+        self._faults: FaultLog | FailureCount | None = None
+        self._order: Order | None = None
+        self._shards: tuple[ShardSource, ShardSource] | None = None
+        self._cache: LatentCache | None = None
 
     # Set-up
 
@@ -409,16 +467,38 @@ class VideoDataModule(lightning.LightningDataModule):
         Raises:
             DataError: no clips, no training or no validation clips, or too many bad ones.
         """
-        if self._clips is not None:
+        if self._clips is not None or self._shards is not None:
             return
         config = self.config
+        if config.source == "webdataset":
+            self._set_up_shards()
+            return
+        if config.source == "latents":
+            cache = self.cache
+            cache.check_cut(config)
+            self._faults = FaultLog(1, cache.clips.total, {}, config.max_bad_fraction)
+            self._clips = cache.clips
+            log.info(
+                "%s: latents of %d training and %d validation clips, %d passes",
+                config.cache,
+                len(cache.clips.train),
+                len(cache.clips.val),
+                cache.passes,
+            )
+            if config.buckets:
+                self._order = cache.order(config)
+            return
         clips = load_clips(
             config.root,
             config.manifest,
             val_fraction=config.val_fraction,
             max_bad_fraction=config.max_bad_fraction,
-            min_frames=config.num_frames,
+            # Of resampled videos only the time stamps tell whether they are too short.
+            min_frames=1 if config.fps else config.num_frames,
             probe_videos=config.probe_videos,
+            video_field=config.video_field,
+            caption_field=config.caption_field,
+            folder_only=config.source == "folder",
         )
         if not clips.train:
             short = f"; {len(clips.short)} are shorter than data.num_frames={config.num_frames}"
@@ -429,6 +509,10 @@ class VideoDataModule(lightning.LightningDataModule):
         everything = len(clips.train) + len(clips.val)
         self._faults = FaultLog(everything, clips.total, clips.faults, config.max_bad_fraction)
         self._clips = clips
+        if config.buckets:
+            shapes = [_shape(clip) for clip in clips.train]
+            base = PassOrder(config.seed, len(clips.train))
+            self._order = BucketOrder(base, self._buckets(shapes), config.batch_size)
         log.info(
             "%s: %d training and %d validation clips, %d left out",
             config.root,
@@ -437,45 +521,160 @@ class VideoDataModule(lightning.LightningDataModule):
             len(clips.faults) + len(clips.short),
         )
 
+    def _set_up_shards(self) -> None:
+        config = self.config
+        store = ShardStore(
+            config.shard_cache,
+            limit_gib=config.shard_cache_gib,
+            retries=config.url_retries,
+            timeout=config.timeout,
+        )
+        rank, world_size = self._rank()
+        plan = plan_shards(
+            config.shards,
+            config.val_shards,
+            store,
+            val_fraction=config.val_fraction,
+            max_failure_share=config.max_failure_share,
+            sizes=bool(config.buckets),
+            first=rank,
+        )
+        if not plan.train:
+            raise DataError(f"no training samples in data.shards={config.shards}: {NO_DATA}")
+
+        def source(shards: list[Shard]) -> ShardSource:
+            return ShardSource(
+                shards,
+                store,
+                caption_field=config.caption_field,
+                max_file_mib=config.max_file_mib,
+            )
+
+        train, val = source(plan.train), source(plan.val)
+        order: Order = ShardOrder(
+            config.seed,
+            train.counts,
+            lanes=config.shard_lanes,
+            run=config.batch_size,
+            window=config.shuffle_window,
+        )
+        if config.buckets:
+            shapes = [tuple(row) for s in plan.train if s.sizes is not None for row in s.sizes]
+            order = BucketOrder(order, self._buckets(shapes), config.batch_size)
+        workers = world_size * max(1, config.num_workers)
+        if config.shard_lanes % workers:
+            log.info(
+                "data.shard_lanes=%d is no multiple of ranks x workers, %d: workers share shards",
+                config.shard_lanes,
+                workers,
+            )
+        self._order = order
+        self._faults = FailureCount(len(train) + len(val), config.max_failure_share, plan.faults)
+        self._shards = train, val
+        log.info(
+            "%d shards: %d training and %d validation samples",
+            len({shard.url for shard in [*plan.train, *plan.val]}),
+            len(train),
+            len(val),
+        )
+
+    def _buckets(self, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """int8: bucket of each sample; of those whose size is not known, the first."""
+        sizes = bucket_sizes(self.config)
+        found = [nearest_bucket(h, w, sizes) if h and w else 0 for h, w in shapes]
+        return np.asarray(found, dtype=np.int8)
+
+    @property
+    def cache(self) -> LatentCache:
+        """The latent cache that `config.cache` names.
+
+        Raises:
+            CacheError: there is none, or it is not finished.
+        """
+        if self._cache is None:
+            self._cache = LatentCache(self.config.cache, verify=self.config.verify_cache)
+        return self._cache
+
     @property
     def clips(self) -> ClipSet:
-        """The clips, after `setup`."""
+        """The clips, after `setup`.
+
+        Raises:
+            DataError: shards have no list of clips.
+        """
         self.setup()
-        assert self._clips is not None
+        if self._clips is None:
+            raise DataError(
+                "data.source=webdataset has no list of clips; this needs data.source=manifest or "
+                "folder"
+            )
         return self._clips
 
     @property
-    def faults(self) -> FaultLog:
-        """The count of clips that could not be read, after `setup`."""
+    def faults(self) -> FaultLog | FailureCount:
+        """The count of clips or samples that could not be read, after `setup`."""
         self.setup()
         assert self._faults is not None
         return self._faults
 
     @property
     def val_clips(self) -> list[Clip]:
-        """The validation clips that are used (`config.val_clips` of them, evenly spaced)."""
-        clips = self.clips.val
+        """The validation clips that are used (`config.val_clips` of them, evenly spaced).
+
+        Of shards: at most 64 of those samples, for their captions; `video` is the shard.
+        """
+        self.setup()
         wanted = self.config.val_clips
-        if not 0 < wanted < len(clips):
-            return clips
-        return [clips[int((k + 0.5) * len(clips) / wanted)] for k in range(wanted)]
+        if self._shards is None:
+            return _evenly(self.clips.val, wanted)
+        source = self._shards[1]
+        found = []
+        for position in _evenly(_evenly(range(len(source)), wanted), 64):
+            shard = source.shards[source.locate(position)[0]]
+            try:
+                caption = source.caption(position)
+            except VideoError:
+                continue  # counted when it is validated
+            found.append(Clip(source.name(position), Path(shard.url), caption, "val"))
+        return found
 
     # Loaders
 
     def train_dataloader(self) -> DataLoader:
         """Endless batches from `start_sample` on."""
         rank, world_size = self._rank()
-        stream = TrainStream(self.clips.train, self.config, self.faults)
+        config = self.config
+        self.setup()
+        stream: Dataset[Sample]
+        if self._shards is not None:
+            assert self._order is not None
+            assert isinstance(self._faults, FailureCount)
+            stream = ShardStream(self._shards[0], self._order, config, self._faults)
+        elif config.source == "latents":
+            stream = CachedTrainStream(self.cache, config)
+        else:
+            stream = TrainStream(self.clips.train, config, self.faults, self._order)
         batches = StreamBatches(self.start_sample, self.config.batch_size, rank, world_size)
         return self._loader(stream, batch_sampler=batches)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """The fixed validation windows, this rank's share; an empty list if there are none."""
         rank, world_size = self._rank()
-        clips = self.val_clips
-        if not clips:
+        self.setup()
+        windows: ValidationWindows | CachedWindows | ShardWindows
+        if self._shards is not None:
+            assert isinstance(self._faults, FailureCount)
+            train, val = self._shards
+            chosen = _evenly(range(len(val)), self.config.val_clips)
+            windows = ShardWindows(val, chosen, self.config, self._faults, len(train))
+        elif self.config.source == "latents":
+            windows = CachedWindows(self.cache, self.val_clips, self.config)
+        else:
+            windows = ValidationWindows(
+                self.val_clips, self.config, self.faults, len(self.clips.train)
+            )
+        if len(windows) == 0:
             return []
-        windows = ValidationWindows(clips, self.config, self.faults, len(self.clips.train))
         share = RankShare(len(windows), rank, world_size)
         return self._loader(windows, sampler=share, batch_size=self.config.batch_size)
 
@@ -511,11 +710,24 @@ class VideoDataModule(lightning.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint stores: the position, and what the stream depends on besides."""
-        return {
+        self.setup()
+        config = self.config
+        if self._shards is None:
+            names = [clip.id for clip in self.clips.train]
+        else:
+            shards = self._shards[0].shards
+            names = [f"{shard.name} {len(shard.members)}" for shard in shards]
+        state: dict[str, Any] = {
             "consumed_samples": self._consumed,
-            "seed": self.config.seed,
-            "train_clips": sha256("\n".join(clip.id for clip in self.clips.train).encode()),
+            "seed": config.seed,
+            "train_clips": sha256("\n".join(names).encode()),
         }
+        if config.source == "latents":  # the same as of the videos
+            state["train_clips"] = self.cache.manifest["train_clips_sha256"]
+        if self._order is not None:
+            numbers = [config.batch_size, config.shard_lanes, config.shuffle_window]
+            state["order"] = [*numbers, *config.buckets]
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the stream where the checkpoint left it.
@@ -525,11 +737,32 @@ class VideoDataModule(lightning.LightningDataModule):
         """
         self._consumed = self.start_sample = int(state_dict["consumed_samples"])
         now = self.state_dict()
-        for name in ("seed", "train_clips"):
-            if state_dict.get(name) != now[name]:
+        for name in ("seed", "train_clips", "order"):
+            if state_dict.get(name) != now.get(name):
                 log.warning(
                     "the checkpoint's data had another %s: samples from %d on are not the ones the "
                     "interrupted run would have seen",
                     name,
                     self._consumed,
                 )
+
+
+def _shape(clip: Clip) -> tuple[int, int]:
+    """(height, width) of a clip's video, from the manifest if it says so; (0, 0) if unreadable."""
+    try:
+        height, width = int(clip.info["height"]), int(clip.info["width"])
+        if height > 0 < width:
+            return height, width
+    except (KeyError, TypeError, ValueError):
+        pass
+    try:
+        return shown_size(clip.video)
+    except VideoError:
+        return 0, 0
+
+
+def _evenly(items: Sequence[T], wanted: int) -> list[T]:
+    """`wanted` of the items, evenly spaced; all of them for 0 or if there are fewer."""
+    if not 0 < wanted < len(items):
+        return list(items)
+    return [items[int((k + 0.5) * len(items) / wanted)] for k in range(wanted)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,3 +58,48 @@ def write_clip_set(
         lines.append(json.dumps(entry))
     (root / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return root
+
+
+def write_shards(
+    root: str | os.PathLike[str],
+    counts: Sequence[int],
+    *,
+    frames: int = 8,
+    height: int = 32,
+    width: int = 48,
+) -> list[Path]:
+    """Writes tar files of short synthetic clips, as webdataset's writer does; returns their paths.
+
+    Args:
+        root: folder of the files `00000.tar`, `00001.tar`, ...
+        counts: samples of each.
+        frames, height, width: of each clip.
+
+    Sample n of them all is `<shard>/<n>`, nine digits, with the caption "sample n": in a .txt for
+    even n, in a .json for odd n.
+    """
+    import webdataset
+
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    clips = []
+    for k in range(4):
+        path = root / f".clip-{k}.mp4"
+        write_video(path, moving_square(frames, height, width, shade=60 * k), fps=8)
+        clips.append(path.read_bytes())
+        path.unlink()
+    number = 0
+    paths = []
+    for shard, count in enumerate(counts):
+        paths.append(root / f"{shard:05d}.tar")
+        with webdataset.TarWriter(str(paths[-1]), encoder=False) as writer:
+            for _ in range(count):
+                caption = f"sample {number}"
+                sample: dict[str, Any] = {"__key__": f"{number:09d}", "mp4": clips[number % 4]}
+                if number % 2:
+                    sample["json"] = json.dumps({"caption": caption, "key": number}).encode()
+                else:
+                    sample["txt"] = caption.encode()
+                writer.write(sample)
+                number += 1
+    return paths

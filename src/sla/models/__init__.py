@@ -1,5 +1,12 @@
-"""The small video DiT, text encoders and model files."""
+"""The small video DiT, text encoders, video autoencoders and model files."""
 
+from sla.models.autoencoders import (
+    AutoencoderConfig,
+    PixelAutoencoder,
+    VideoAutoencoder,
+    WanAutoencoder,
+    build_autoencoder,
+)
 from sla.models.checkpoint import (
     CheckpointError,
     LoadedModel,
@@ -12,20 +19,36 @@ from sla.models.checkpoint import (
     save_model,
 )
 from sla.models.dit import DiTConfig, VideoDiT
-from sla.models.text import ByteTextEncoder, ByteTextEncoderConfig, TextEncoder, UMT5TextEncoder
+from sla.models.text import (
+    ByteTextEncoder,
+    ByteTextEncoderConfig,
+    FrozenTextEncoder,
+    TextEncoder,
+    TextEncoderConfig,
+    UMT5TextEncoder,
+    build_text_encoder,
+)
 
 __all__ = [
+    "AutoencoderConfig",
     "ByteTextEncoder",
     "ByteTextEncoderConfig",
     "CheckpointError",
     "DiTConfig",
+    "FrozenTextEncoder",
     "LoadReport",
     "LoadedModel",
     "ModelHeader",
+    "PixelAutoencoder",
     "SavedModel",
     "TextEncoder",
+    "TextEncoderConfig",
     "UMT5TextEncoder",
+    "VideoAutoencoder",
     "VideoDiT",
+    "WanAutoencoder",
+    "build_autoencoder",
+    "build_text_encoder",
     "load_model",
     "load_weights",
     "read_header",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -35,3 +38,58 @@ def open_branches(module: nn.Module, seed: int = 0, std: float = 0.1) -> None:
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator) * std
             parameter.add_(noise.to(parameter))
+
+
+def tiny_wan_autoencoder(seed: int = 0, **changes: Any) -> Any:
+    """diffusers' AutoencoderKLWan with random weights: 4 channels, 4 times fewer frames, 8 times
+    smaller.
+
+    Args:
+        changes: of its config.
+    """
+    from diffusers import AutoencoderKLWan
+
+    config: dict[str, Any] = {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 1, 1, 1],
+        "num_res_blocks": 1,
+        "latents_mean": [0.1, -0.2, 0.3, 0.0],
+        "latents_std": [2.0, 1.5, 0.5, 1.0],
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoencoderKLWan(**{**config, **changes})
+
+
+def write_tiny_umt5(folder: Path) -> None:
+    """A UMT5 encoder of width 24 with random weights and a tokenizer of seven words, laid out as
+    Wan's repository."""
+    import tokenizers
+    import transformers
+
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "ball", "rolls"]
+    model = tokenizers.models.WordLevel(
+        {word: number for number, word in enumerate(words)}, unk_token="<unk>"
+    )
+    core = tokenizers.Tokenizer(model)
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = transformers.UMT5Config(
+        vocab_size=len(words),
+        d_model=24,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=3,
+        is_encoder_decoder=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")

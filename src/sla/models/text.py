@@ -7,8 +7,10 @@ frozen one. Shapes: B captions, L tokens.
 from __future__ import annotations
 
 import html
+import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sla.models.dit import DiTConfig
+from sla.models.identity import DTYPES, require_source, weights_checksum
+
+TEXT_ENCODERS = ("bytes", "umt5")
 
 
 @runtime_checkable
@@ -35,6 +40,39 @@ class TextEncoder(Protocol):
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, L, text_dim) and mask (B, L) bool, True for real tokens."""
         ...
+
+
+@dataclass
+class TextEncoderConfig:
+    """Which text encoder a model reads.
+
+    Attributes:
+        name: `bytes` (a `ByteTextEncoder`, trained with the model; its sizes are the section
+            `text`) or `umt5` (Wan's, frozen; embeddings come from a latent cache).
+        source: hub id or local folder of umt5's weights and tokenizer; empty for `bytes`.
+        revision: commit of the hub repository, all 40 digits; not used for a local folder.
+        max_tokens: length that umt5 pads or cuts captions to.
+        dtype: of umt5's weights: `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        ValueError: a value that cannot be used; names the field and what would do.
+    """
+
+    name: str = "bytes"
+    source: str = ""
+    revision: str = ""
+    max_tokens: int = 512
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.name not in TEXT_ENCODERS:
+            raise ValueError(
+                f"text_encoder.name is {self.name!r}; it must be one of {', '.join(TEXT_ENCODERS)}"
+            )
+        if self.max_tokens < 1:
+            raise ValueError(f"text_encoder.max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.name != "bytes":
+            require_source("text_encoder", self.name, self.source, self.revision, self.dtype)
 
 
 @dataclass
@@ -70,6 +108,11 @@ class ByteTextEncoderConfig:
         if not self.mlp_ratio > 0:
             raise ValueError(f"mlp_ratio is {self.mlp_ratio}; it must be positive")
 
+    @property
+    def identity(self) -> str:
+        """What the token ids of a caption depend on. The weights are trained: no part of it."""
+        return f"bytes max_bytes={self.max_bytes}"
+
 
 class ByteTextEncoder(nn.Module):
     """A small transformer over the bytes of a caption, trained with the model.
@@ -91,6 +134,11 @@ class ByteTextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.text_dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.02)
+
+    @property
+    def identity(self) -> str:
+        """The config's: of the tokens, not of the weights."""
+        return self.config.identity
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Bytes of the captions, on the CPU.
@@ -249,6 +297,19 @@ class UMT5TextEncoder(nn.Module):
             raise ValueError(f"{name}: the file does not fill these weights: {', '.join(lacking)}")
         return cls(encoder, tokenizer, max_tokens)
 
+    @property
+    def identity(self) -> str:
+        """Name and checksum of weights and tokenizer: what embeddings depend on. Reads them all."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        if fast is None:
+            rules = self.tokenizer.get_vocab()
+        else:
+            rules = json.loads(fast.to_str())
+            for state in ("truncation", "padding"):  # set by each call
+                rules.pop(state, None)
+        checksum = weights_checksum(self.encoder, {"tokenizer": rules})
+        return f"{type(self.encoder).__name__} max_tokens={self.max_tokens} sha256:{checksum}"
+
     def train(self, mode: bool = True) -> UMT5TextEncoder:
         """Does nothing: the encoder is frozen and stays in evaluation mode."""
         return super().train(False)
@@ -271,6 +332,53 @@ class UMT5TextEncoder(nn.Module):
         hidden = self.encoder(ids, attention_mask=mask).last_hidden_state
         mask = mask.bool()
         return hidden.masked_fill(~mask.unsqueeze(-1), 0.0), mask
+
+
+class FrozenTextEncoder:
+    """Keeps a frozen encoder out of the module that uses it: not moved, averaged or saved with it.
+
+    Args:
+        encoder: stays on its device; its embeddings come from there.
+    """
+
+    def __init__(self, encoder: UMT5TextEncoder) -> None:
+        self.encoder = encoder
+        self.text_dim = encoder.text_dim
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTextEncoder:
+        return self  # averaging the weights copies the module
+
+    @cached_property
+    def identity(self) -> str:
+        """The encoder's."""
+        return self.encoder.identity
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """The encoder's embeddings and mask."""
+        return self.encoder.encode(captions)
+
+
+def build_text_encoder(
+    config: TextEncoderConfig, sizes: ByteTextEncoderConfig
+) -> ByteTextEncoder | FrozenTextEncoder:
+    """The text encoder of a config: freshly initialised if it is trained, else with its weights.
+
+    Args:
+        sizes: of the `bytes` encoder.
+
+    Raises:
+        FileNotFoundError, ValueError: from `UMT5TextEncoder.from_pretrained`.
+    """
+    if config.name == "bytes":
+        return ByteTextEncoder(sizes)
+    return FrozenTextEncoder(
+        UMT5TextEncoder.from_pretrained(
+            config.source,
+            revision=config.revision or None,
+            max_tokens=config.max_tokens,
+            dtype=DTYPES[config.dtype],
+        )
+    )
 
 
 def clean_caption(caption: str) -> str:
@@ -306,7 +414,10 @@ def _missing_message(name: str, encoder: str, tokenizer: str, error: Exception) 
 __all__ = [
     "ByteTextEncoder",
     "ByteTextEncoderConfig",
+    "FrozenTextEncoder",
     "TextEncoder",
+    "TextEncoderConfig",
     "UMT5TextEncoder",
+    "build_text_encoder",
     "clean_caption",
 ]

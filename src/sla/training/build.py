@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,17 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sla.attention import AttentionConfig
+from sla.data.module import VideoDataModule
 from sla.diffusion.flow_matching import FlowMatching
+from sla.models.autoencoders import AutoencoderConfig, VideoAutoencoder, build_autoencoder
 from sla.models.dit import VideoDiT
-from sla.models.text import ByteTextEncoder
+from sla.models.text import (
+    ByteTextEncoder,
+    ByteTextEncoderConfig,
+    FrozenTextEncoder,
+    TextEncoderConfig,
+    build_text_encoder,
+)
 from sla.training.callbacks import (
     AttentionStatistics,
     DataPosition,
@@ -31,11 +40,80 @@ from sla.training.callbacks import (
 )
 from sla.training.config import Experiment, TrainerConfig
 from sla.training.module import DiffusionModule
+from sla.training.run_folder import RunError
+
+# Frozen networks by their configs: a run needs each in several places, and never changes it.
+_autoencoders: dict[tuple[Any, ...], VideoAutoencoder] = {}
+_text_encoders: dict[tuple[Any, ...], FrozenTextEncoder] = {}
+
+
+def load_autoencoder(config: AutoencoderConfig) -> VideoAutoencoder:
+    """The autoencoder of a config, loaded once a process.
+
+    Raises:
+        FileNotFoundError, ValueError: from `build_autoencoder`.
+    """
+    key = astuple(config)
+    if key not in _autoencoders:
+        _autoencoders[key] = build_autoencoder(config)
+    return _autoencoders[key]
+
+
+def load_text_encoder(
+    config: TextEncoderConfig, sizes: ByteTextEncoderConfig
+) -> ByteTextEncoder | FrozenTextEncoder:
+    """A freshly initialised text encoder, or the frozen one of the config, loaded once a process.
+
+    Raises:
+        FileNotFoundError, ValueError: from `build_text_encoder`.
+    """
+    key = astuple(config)
+    if key in _text_encoders:
+        return _text_encoders[key]
+    encoder = build_text_encoder(config, sizes)
+    if isinstance(encoder, FrozenTextEncoder):
+        _text_encoders[key] = encoder
+    return encoder
+
+
+def trained_part(text_encoder: ByteTextEncoder | FrozenTextEncoder) -> ByteTextEncoder | None:
+    """The text encoder if model files hold it, None if it is a frozen one from elsewhere."""
+    return text_encoder if isinstance(text_encoder, ByteTextEncoder) else None
+
+
+def build_data(experiment: Experiment) -> VideoDataModule:
+    """The data module, after its cache, if it reads one, was compared with the run's models.
+
+    Raises:
+        CacheError: no cache, or one made by another autoencoder or text encoder, or of other sizes
+            or crops than the run asks for.
+        RunError: an autoencoder or a frozen text encoder without a cache.
+        FileNotFoundError, ValueError: the run's own models cannot be loaded.
+    """
+    data = VideoDataModule(experiment.data)
+    frozen_text = experiment.text_encoder.name != "bytes"
+    if experiment.data.source != "latents":
+        if experiment.autoencoder.name != "pixel" or frozen_text:
+            raise RunError(
+                f"autoencoder.name={experiment.autoencoder.name} with text_encoder.name="
+                f"{experiment.text_encoder.name} is trained from a latent cache: write one with "
+                "`make latents`, then set data.source=latents and data.cache"
+            )
+        return data
+    text = load_text_encoder(experiment.text_encoder, experiment.text) if frozen_text else None
+    data.cache.check_models(
+        load_autoencoder(experiment.autoencoder).identity,
+        experiment.text.identity if text is None else text.identity,
+        channels=experiment.model.in_channels,
+        text_dim=experiment.model.text_dim,
+    )
+    data.cache.check_cut(experiment.data)
+    return data
 
 
 def build_networks(
     experiment: Experiment, attention: AttentionConfig | None = None
-) -> tuple[VideoDiT, ByteTextEncoder]:
+) -> tuple[VideoDiT, ByteTextEncoder | FrozenTextEncoder]:
     """Freshly initialised network and text encoder; the same for the same `run.seed`.
 
     Args:
@@ -43,7 +121,9 @@ def build_networks(
     """
     with torch.random.fork_rng():
         torch.manual_seed(experiment.run.seed)
-        text_encoder = ByteTextEncoder(experiment.text)
+        text_encoder = load_text_encoder(experiment.text_encoder, experiment.text)
+        if isinstance(text_encoder, FrozenTextEncoder):
+            torch.manual_seed(experiment.run.seed)  # whatever loading has drawn
         model = VideoDiT(experiment.model, attention or experiment.attention)
     model.activation_checkpointing = experiment.trainer.activation_checkpointing
     return model, text_encoder
@@ -55,7 +135,7 @@ def build_flow(experiment: Experiment) -> FlowMatching:
 
 
 def build_module(
-    experiment: Experiment, model: VideoDiT, text_encoder: ByteTextEncoder
+    experiment: Experiment, model: VideoDiT, text_encoder: ByteTextEncoder | FrozenTextEncoder
 ) -> DiffusionModule:
     """The LightningModule around given networks."""
     return DiffusionModule(

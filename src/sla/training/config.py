@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sla.attention import AttentionConfig
+from sla.data.latents import LatentsConfig
 from sla.data.module import DataConfig
+from sla.models.autoencoders import AutoencoderConfig
 from sla.models.dit import DiTConfig
-from sla.models.text import ByteTextEncoderConfig
+from sla.models.text import ByteTextEncoderConfig, TextEncoderConfig
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -231,6 +233,9 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)
     model: DiTConfig = field(default_factory=DiTConfig)
     text: ByteTextEncoderConfig = field(default_factory=ByteTextEncoderConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -25,6 +25,7 @@ def generate_videos(
     prompts: Sequence[str],
     shape: tuple[int, int, int, int],
     progress: Callable[[int, int], None] | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> np.ndarray:
     """Sample one video a prompt, each from a seed of its own.
 
@@ -33,11 +34,13 @@ def generate_videos(
 
     Args:
         model: predicts the velocity; its device and evaluation mode are used as they are.
-        shape: (C, T, H, W) of a video.
+        shape: (C, T, H, W) of what the model makes.
         progress: called with (steps done, steps in all).
+        decode: the autoencoder's, latents (1, C, T, H, W) to pixels (1, 3, T', H', W'); None for a
+            model of pixels.
 
     Returns:
-        uint8 (prompts, T, H, W, C).
+        uint8 (prompts, T, H, W, C), of pixels.
     """
     device = next(model.parameters()).device
     videos: list[np.ndarray] = []
@@ -49,8 +52,9 @@ def generate_videos(
     for i, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(config.seed + i)
         noise = torch.randn(1, *shape, generator=generator).to(device)
-        text, text_mask = text_encoder.encode([prompt])
-        null_text, null_mask = text_encoder.encode([""])
+        # A frozen encoder may be on another device.
+        text, text_mask = (t.to(device) for t in text_encoder.encode([prompt]))
+        null_text, null_mask = (t.to(device) for t in text_encoder.encode([""]))
         video = sample(
             model.forward,  # as it is: compiling for these shapes would take longer than sampling
             noise,
@@ -63,6 +67,8 @@ def generate_videos(
             guidance=config.guidance,
             progress=partial(step_done, i),
         )
-        videos.append(to_frames(video[0]))
-    channels, frames, height, width = shape
-    return np.array(videos, dtype=np.uint8).reshape(-1, frames, height, width, channels)
+        videos.append(to_frames((video if decode is None else decode(video))[0]))
+    if not videos:
+        channels, frames, height, width = shape
+        return np.empty((0, frames, height, width, channels), dtype=np.uint8)
+    return np.stack(videos)

@@ -89,12 +89,25 @@ class DiffusionModule(pl.LightningModule):
             (B,) float32: mean squared error of the velocity.
         """
         video = batch["video"]
-        text, text_mask = self.text_encoder.encode(batch["caption"])
+        text, text_mask = self.encode_text(batch)
         noisy = self.flow.interpolate(video, noise, sigma)
         # Only training steps are compiled: validation is observed through hooks.
         forward = self.model if training else self.model.forward
         velocity = forward(noisy, self.flow.timestep(sigma), text, text_mask)
         return self.flow.loss(velocity, self.flow.target(video, noise))
+
+    def encode_text(self, batch: VideoBatch) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, text_dim) of the captions, and their mask (B, L).
+
+        A latent cache gives them, or the token ids of an encoder that is trained with the model.
+        """
+        if "text" in batch:
+            return batch["text"].to(self.device), batch["text_mask"].to(self.device)
+        if "token_ids" in batch:
+            assert isinstance(self.text_encoder, nn.Module)  # `build_data` has compared the two
+            mask = batch["text_mask"].to(self.device)
+            return self.text_encoder(batch["token_ids"].to(self.device), mask), mask
+        return self.text_encoder.encode(batch["caption"])
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
         noise, u = per_sample_noise(

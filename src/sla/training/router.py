@@ -28,15 +28,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sla.analysis.capture_qkv import QKVSample, capture_qkv
 from sla.attention import FullConfig, SLA2Attention, SLA2Config
-from sla.data.module import VideoDataModule
 from sla.diffusion.flow_matching import per_sample_noise
 from sla.files import atomic_path, write_text
 from sla.models.checkpoint import load_weights
 from sla.models.dit import VideoDiT
 from sla.training.build import (
+    build_data,
     build_module,
     build_networks,
     sampling_device,
+    trained_part,
 )
 from sla.training.config import Experiment, RouterConfig
 from sla.training.run_folder import RunError
@@ -244,10 +245,10 @@ def capture_samples(experiment: Experiment) -> tuple[VideoDiT, list[QKVSample]]:
     """
     config, seed = experiment.router, experiment.run.seed
     model, text_encoder = build_networks(experiment, FullConfig(tile=experiment.attention.tile))
-    load_weights(experiment.run.init_weights, model, text_encoder)
+    load_weights(experiment.run.init_weights, model, trained_part(text_encoder))
     module = build_module(experiment, model, text_encoder).eval()
     module.to(sampling_device(experiment.trainer))
-    data = VideoDataModule(replace(experiment.data, batch_size=1))
+    data = build_data(replace(experiment, data=replace(experiment.data, batch_size=1)))
     batches = iter(data.train_dataloader())
     limit = int(config.max_gib * 2**30)
     with capture_qkv(model, per_layer=config.clips, max_bytes=limit) as samples:

@@ -25,10 +25,13 @@ from sla.models.checkpoint import load_weights, save_model
 from sla.models.dit import VideoDiT
 from sla.models.text import ByteTextEncoder
 from sla.training.build import (
+    build_data,
     build_evaluator,
     build_module,
     build_networks,
     build_trainer,
+    load_autoencoder,
+    trained_part,
 )
 from sla.training.callbacks import SampleVideos, log_videos
 from sla.training.config import Experiment
@@ -60,10 +63,10 @@ def pretrain(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     finished = _finished(folder, experiment)
     if finished is not None:
         return finished
-    data = VideoDataModule(experiment.data)
+    data = build_data(experiment)
     model, text_encoder = build_networks(experiment)
     if experiment.run.init_weights:
-        load_weights(experiment.run.init_weights, model, text_encoder)
+        load_weights(experiment.run.init_weights, model, trained_part(text_encoder))
     module = build_module(experiment, model, text_encoder)
     trainer = _fit(experiment, folder, module, data)
     after = evaluate(experiment, module, data)
@@ -95,10 +98,10 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     finished = _finished(folder, experiment)
     if finished is not None:
         return finished
-    data = VideoDataModule(experiment.data)
+    data = build_data(experiment)
 
     model, text_encoder = build_networks(experiment, FullConfig())
-    load_weights(experiment.run.init_weights, model, text_encoder)
+    load_weights(experiment.run.init_weights, model, trained_part(text_encoder))
     module = build_module(experiment, model, text_encoder)
     baseline = _baseline(experiment, folder, module, data)
     _swap_in(experiment, model)
@@ -113,7 +116,7 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     _export(folder, module, resolved)
 
     teacher, teacher_text = build_networks(experiment, FullConfig())
-    load_weights(experiment.run.init_weights, teacher, teacher_text)
+    load_weights(experiment.run.init_weights, teacher, trained_part(teacher_text))
     full = build_module(experiment, teacher, teacher_text)
     tokens = model.config.grid(_video_shape(experiment))
     flops = [sum(m.flops(tokens) for m in net.attention_modules()) for net in (model, teacher)]
@@ -268,15 +271,19 @@ def _finished(folder: RunFolder, experiment: Experiment) -> dict[str, Any] | Non
 
 
 def _video_shape(experiment: Experiment) -> tuple[int, int, int, int, int]:
+    """Of what the model makes: latents, or pixels."""
     data = experiment.data
-    return (1, experiment.model.in_channels, data.num_frames, data.height, data.width)
+    autoencoder = load_autoencoder(experiment.autoencoder)
+    latents = autoencoder.latent_shape(data.num_frames, data.height, data.width)
+    return (1, experiment.model.in_channels, *latents[1:])
 
 
 def default_prompts(experiment: Experiment, data: VideoDataModule) -> list[str]:
     config = experiment.sampling
     if config.prompts or not config.num_prompts:
         return list(config.prompts)
-    captions = list(dict.fromkeys(clip.caption for clip in data.val_clips))
+    # From a cache, clips that could not be read come without a caption.
+    captions = list(dict.fromkeys(clip.caption for clip in data.val_clips if clip.caption))
     step = max(1, len(captions) // config.num_prompts)
     return captions[::step][: config.num_prompts]
 
@@ -305,6 +312,7 @@ def sample_videos(
                 prompts,
                 _video_shape(experiment)[1:],
                 progress,
+                load_autoencoder(experiment.autoencoder).to(module.device).decode,
             )
     finally:
         module.train(training)

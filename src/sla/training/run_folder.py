@@ -33,7 +33,8 @@ class RunError(RuntimeError):
 
 # A run that goes on may change how it is run, not what it computes.
 _MAY_CHANGE = (
-    *("run.resume", "run.dir", "run.name", "sampling", "data.num_workers", "router"),
+    *("run.resume", "run.dir", "run.name", "sampling", "data.num_workers", "router", "latents"),
+    *("data.verify_cache", "eval"),
     *(f"trainer.{name}" for name in ("max_steps", "accelerator", "devices", "strategy")),
     *(f"trainer.{name}" for name in ("num_nodes", "compile", "activation_checkpointing")),
     *(f"trainer.{name}" for name in ("val_every", "checkpoint_every", "log_every", "progress_bar")),
