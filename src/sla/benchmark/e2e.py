@@ -1,0 +1,314 @@
+"""Wan2.1 from end to end: a denoising step, a training step and a whole generation, by method.
+
+The exact architecture with random weights: speed and memory do not depend on what they are. The
+text encoder is left out; the autoencoder's decoder is timed by itself. Attention's part of the time
+is measured in the uncompiled model, by events around every layer's method, since a compiled one
+cannot be looked into; the kernels are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sla.attention import (
+    AttentionConfig,
+    FullConfig,
+    SLA2Config,
+    SLAConfig,
+    SparseOnlyConfig,
+)
+from sla.benchmark import timing
+from sla.benchmark.kernels import SEED, quantiles
+from sla.figures.paper import GPU_BLOCKS
+from sla.models.injection import apply_attention, attention_modules
+from sla.models.schedulers import build_scheduler
+from sla.models.wan import WAN_CONFIGS, build_wan
+from sla.results import RESULTS, ResultsFile
+
+# Latents of 480p x 81 frames: (channels, frames, height, width) after the autoencoder.
+LATENTS = {"1.3b": (21, 60, 104), "14b": (21, 90, 160), "tiny": (3, 8, 12)}
+TEXT_TOKENS = {"1.3b": 512, "14b": 512, "tiny": 7}
+WHAT = ("step", "train", "generation")
+MODES = ("eager", "compiled")
+STEPS = 50
+SHIFT = 3.0
+_Q, _KV = GPU_BLOCKS
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method to measure; `kernel` is what full attention runs on, None for PyTorch's choice."""
+
+    config: AttentionConfig
+    kernel: SDPBackend | None = None
+
+
+ARMS: dict[str, Arm] = {
+    "flash_attention_2": Arm(FullConfig(), SDPBackend.FLASH_ATTENTION),
+    "cudnn": Arm(FullConfig(), SDPBackend.CUDNN_ATTENTION),
+    "sparse_only": Arm(SparseOnlyConfig(block_q=_Q, block_kv=_KV)),
+    "sla": Arm(SLAConfig(block_q=_Q, block_kv=_KV)),
+    "sla-64x64": Arm(SLAConfig()),
+    "sla2": Arm(SLA2Config()),
+}
+BASELINES = ("flash_attention_2", "cudnn")
+HEAD = (
+    f"{'method':>18} {'mode':>9} {'what':>10} {'ms':>10} {'attention':>10} {'GiB':>7}  "
+    "times faster than"
+)
+
+
+def add_parser(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    parser.add_argument("--size", choices=list(WAN_CONFIGS), default="1.3b")
+    parser.add_argument("--methods", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a generation")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in training")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument("--repeats", type=int, default=2, help="on a CPU")
+    parser.add_argument("--budget-ms", type=float, default=3000.0, help="on a GPU, a measurement")
+    parser.add_argument("--max-seconds", type=float, help="start no measurement after this long")
+    parser.add_argument("--record", action="store_true", help="keep the rows under results/")
+    parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print, and keep if asked; 1 if something of ours failed."""
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    file = None
+    if options.record or options.out:
+        file = ResultsFile("e2e", root=options.out or RESULTS, seed=SEED, label=options.size)
+    print(HEAD)
+    start, status = time.monotonic(), 0
+    baselines: dict[tuple[str, str, str], float] = {}
+    for name in sorted(options.methods, key=lambda name: name not in BASELINES):
+        for mode in options.modes:
+            for what in options.what:
+                if options.max_seconds and time.monotonic() - start > options.max_seconds:
+                    print(f"left out after {options.max_seconds} s: {name} {mode} {what}")
+                    continue
+                row = measure(name, mode, what, options, device)
+                for other in BASELINES:
+                    ms = baselines.get((other, mode, what))
+                    own = row["ms_median"]
+                    row[f"ratio_{other}"] = ms / own if ms and own else None
+                if name in BASELINES and row["ms_median"]:
+                    baselines[name, mode, what] = row["ms_median"]
+                elif row["error"]:
+                    status = 1
+                if file is not None:
+                    file.append(row)
+                print(line(row), flush=True)
+    if file is not None and file.path.exists():
+        print(f"recorded in {file.path}")
+    return status
+
+
+def measure(
+    name: str, mode: str, what: str, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """One row: a method in one mode doing one thing, with a model of its own."""
+    arm = ARMS[name]
+    frames, height, width = LATENTS[options.size]
+    config = WAN_CONFIGS[options.size]
+    row: dict[str, Any] = {
+        "method": name,
+        "mode": mode,
+        "what": what,
+        "size": options.size,
+        "latents": [config["in_channels"], frames, height, width],
+        "tokens": math.prod((frames, height // 2, width // 2)),
+        "device": device.type,
+        "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "block_q": getattr(arm.config, "block_q", None),
+        "block_kv": getattr(arm.config, "block_kv", None),
+        "steps": options.steps if what == "generation" else None,
+        "checkpointing": options.checkpointing if what == "train" else None,
+        "ms_median": None,
+        "ms_p20": None,
+        "ms_p80": None,
+        "ms_attention": None,
+        "peak_bytes": None,
+        "error": None,
+    }
+    try:
+        with kernel_of(arm, device):
+            row |= _measure(arm, mode, what, options, device)
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        error.__traceback__ = None  # its frames hold the model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    torch._dynamo.reset()
+    return row
+
+
+def _measure(
+    arm: Arm, mode: str, what: str, options: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # Training keeps float32 weights under autocast, as our runs do.
+    weights = torch.float32 if what == "train" else dtype
+    model = apply_attention(build_wan(options.size, weights, device, seed=SEED), arm.config)
+    inputs = make_inputs(options.size, device, dtype)
+    step = make_step(model, inputs, what, options)
+    found: dict[str, Any] = {}
+    if mode == "eager":
+        found["ms_attention"] = attention_ms(model, step, device)
+    else:
+        model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+    if device.type == "cuda":
+        step()  # compiles, and makes the optimiser's state
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    if what == "generation":  # long: once
+        return found | dict.fromkeys(("ms_median", "ms_p20", "ms_p80"), _once(step, device))
+    if device.type == "cuda":
+        return found | quantiles(timing.gpu_times(step, options.budget_ms))
+    return found | quantiles(timing.cpu_times(step, options.repeats))
+
+
+@contextmanager
+def kernel_of(arm: Arm, device: torch.device) -> Iterator[None]:
+    """PyTorch's exact attention on the arm's kernel, where it is a GPU's."""
+    if arm.kernel is None or device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel(arm.kernel):  # cross-attention to text too
+        yield
+
+
+def make_inputs(size: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Latents, text and timestep of one sample."""
+    generator = torch.Generator(device=device).manual_seed(SEED)
+    config = WAN_CONFIGS[size]
+    latents = (1, config["in_channels"], *LATENTS[size])
+    text = (1, TEXT_TOKENS[size], config["text_dim"])
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    return {
+        "hidden_states": draw(latents),
+        "encoder_hidden_states": draw(text),
+        "timestep": torch.full((1,), 500.0, device=device),
+    }
+
+
+def make_step(
+    model: nn.Module, inputs: dict[str, Tensor], what: str, options: argparse.Namespace
+) -> timing.Step:
+    """The function to time.
+
+    step: one forward of one sample, no guidance. train: forward, backward and AdamW's step on the
+    flow-matching loss. generation: `steps` steps of UniPC with guidance, two forwards each as in
+    diffusers' pipeline, from noise to latents.
+    """
+    if what == "step":
+        return lambda: forward(model, inputs)
+    if what == "generation":
+        return lambda: generate(model, inputs, options.steps)
+    model.train()
+    if options.checkpointing:
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
+    latents = inputs["hidden_states"]
+    optimizer = torch.optim.AdamW(model.parameters(), fused=latents.is_cuda)
+    target = torch.randn_like(latents)
+
+    def train() -> None:
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=latents.is_cuda):
+            velocity = model(**inputs, return_dict=False)[0]
+        (velocity.float() - target.float()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return train
+
+
+@torch.no_grad()
+def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The model's velocity."""
+    velocity: Tensor = model(**inputs, return_dict=False)[0]
+    return velocity
+
+
+@torch.no_grad()
+def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int) -> Tensor:
+    """Latents from noise, with guidance 5 between the text and no text."""
+    latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    scheduler = build_scheduler("unipc", SHIFT)
+    scheduler.set_timesteps(steps, device=latents.device)
+    current = latents.float()
+    for timestep in scheduler.timesteps:
+        given = {"hidden_states": current.to(latents.dtype), "timestep": timestep.expand(1)}
+        with_text = forward(model, {**given, "encoder_hidden_states": text})
+        without = forward(model, {**given, "encoder_hidden_states": torch.zeros_like(text)})
+        velocity = without + 5.0 * (with_text - without)
+        current = scheduler.step(velocity.float(), timestep, current, return_dict=False)[0]
+    return current
+
+
+def attention_ms(model: nn.Module, step: timing.Step, device: torch.device) -> float | None:
+    """Time inside the attention methods during a step's forward passes; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def before(*_: object) -> None:
+        events.append((_event(), _event()))
+        events[-1][0].record()
+
+    def after(*_: object) -> None:
+        events[-1][1].record()
+
+    step()
+    handles = []
+    for method in attention_modules(model):
+        handles += [method.register_forward_pre_hook(before), method.register_forward_hook(after)]
+    step()
+    torch.cuda.synchronize()
+    for handle in handles:
+        handle.remove()
+    return sum(start.elapsed_time(end) for start, end in events)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def _once(step: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as it is printed."""
+    what = f"{row['method']:>18} {row['mode']:>9} {row['what']:>10}"
+    if row["error"]:
+        return f"{what} {row['error']}"
+    attention = f"{row['ms_attention']:10.1f}" if row["ms_attention"] is not None else " " * 10
+    peak = f"{row['peak_bytes'] / 2**30:7.1f}" if row["peak_bytes"] is not None else " " * 7
+    found = {name: row[f"ratio_{name}"] for name in BASELINES if name != row["method"]}
+    ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found.items() if ratio)
+    return f"{what} {row['ms_median']:10.1f} {attention} {peak}  {ratios}".rstrip()

@@ -1,0 +1,232 @@
+"""Wan in diffusers: the adapter, and models with random weights.
+
+Shape letters as in `sla.models.injection`; C channels, T x H x W the latents' frames, height and
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sla.attention import AttentionConfig, AttentionContext, UnsupportedAttentionError
+from sla.attention.token_order import raster_order, tile_order
+from sla.models.dit import patchify, unpatchify
+from sla.models.injection import (
+    CarriedContext,
+    MethodProcessor,
+    ModelAdapter,
+    RotaryHooks,
+    per_sample,
+    register_adapter,
+)
+
+Grid = tuple[int, int, int]
+
+_WAN_21: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-6,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "rope_max_seq_len": 1024,
+}
+# `transformer/config.json` of Wan-AI/Wan2.1-T2V-1.3B-Diffusers and Wan-AI/Wan2.1-T2V-14B-Diffusers,
+# and one for tests.
+WAN_CONFIGS: dict[str, dict[str, Any]] = {
+    "1.3b": {**_WAN_21, "num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "14b": {**_WAN_21, "num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+    "tiny": {
+        **_WAN_21,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "ffn_dim": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 32,
+        "rope_max_seq_len": 64,
+    },
+}
+
+
+def build_wan(
+    size: str = "1.3b",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+) -> Any:
+    """A `WanTransformer3DModel` with random weights, in evaluation mode.
+
+    Args:
+        size: `1.3b` or `14b`, exactly Wan2.1's text-to-video models, or `tiny`.
+        dtype: of the weights; as in `from_pretrained`, the time embedding, the modulation tables
+            and the norms around attention stay in float32.
+        device: where to build it; nothing larger than the model is allocated anywhere.
+        seed: of the weights; the global generators are left as they are.
+
+    Raises:
+        ValueError: an unknown size.
+    """
+    if size not in WAN_CONFIGS:
+        raise ValueError(f"size is {size!r}; it must be one of {', '.join(WAN_CONFIGS)}")
+    device = torch.device(device)
+    default = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        try:
+            torch.set_default_dtype(dtype)
+            model: Any = WanTransformer3DModel(**WAN_CONFIGS[size])
+        finally:
+            torch.set_default_dtype(default)
+    kept = set(WanTransformer3DModel._keep_in_fp32_modules)
+    for name, parameter in model.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+class WanProcessor(MethodProcessor):
+    """diffusers' `WanAttnProcessor` for self-attention, with a method in place of attention."""
+
+    def forward(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> Tensor:
+        """(B, N, dim) -> (B, N, dim).
+
+        Raises:
+            UnsupportedAttentionError: cross-attention, a mask, or what the method refuses.
+        """
+        if encoder_hidden_states is not None:
+            raise UnsupportedAttentionError("only self-attention is replaced")
+        self.refuse_mask(attention_mask)
+        rotary, context = self.carried(rotary_emb)
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query = attn.to_q(hidden_states)
+            key = attn.to_k(hidden_states)
+            value = attn.to_v(hidden_states)
+        heads = (attn.heads, -1)
+        query = _rotate(attn.norm_q(query).unflatten(2, heads), *rotary)
+        key = _rotate(attn.norm_k(key).unflatten(2, heads), *rotary)
+        value = value.unflatten(2, heads)
+        attended = self.attend(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            hidden_states,
+            context,
+        )
+        output = attended.transpose(1, 2).flatten(2, 3).type_as(query)
+        output = attn.to_out[0](output)
+        output = attn.to_out[1](output)
+        return output
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring pairs of (B, N, H, D) by angles given twice, (1, N, 1, D) float32."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+@register_adapter("WanTransformer3DModel")
+class WanAdapter(ModelAdapter):
+    """Wan 2.1 and 2.2: self-attention over the video alone, in `blocks.N.attn1`.
+
+    Tile order: the patches of the latents change places before the transformer and back after it,
+    and the rotary embedding with them, so that no layer knows.
+    """
+
+    processor = WanProcessor
+    can_reorder = True
+
+    def attention_layers(self, transformer: Any) -> list[nn.Module]:
+        return [block.attn1 for block in transformer.blocks]
+
+    def context(self, transformer: Any, arguments: Mapping[str, Any]) -> AttentionContext | None:
+        latents = arguments.get("hidden_states")
+        if latents is None:
+            return None
+        timestep = per_sample(arguments.get("timestep"), latents.shape[0], latents.device)
+        return AttentionContext(grid=_grid(transformer, latents), timestep=timestep)
+
+    def connect(self, transformer: Any, config: AttentionConfig) -> list[RemovableHandle]:
+        hooks = (RotaryHooks if config.tile is None else _TileHooks)(self, transformer, config)
+        return hooks.connect(transformer, transformer.rope)
+
+
+def _grid(transformer: Any, latents: Tensor) -> Grid:
+    frames, height, width = transformer.config.patch_size
+    return (
+        latents.shape[2] // frames,
+        latents.shape[3] // height,
+        latents.shape[4] // width,
+    )
+
+
+class _TileHooks(RotaryHooks):
+    """`RotaryHooks` that put the tokens into tile order, and the output back."""
+
+    tile: Grid
+
+    def connect(self, transformer: nn.Module, rotary: nn.Module) -> list[RemovableHandle]:
+        handle = transformer.register_forward_hook(self.after)
+        return [*super().connect(transformer, rotary), handle]
+
+    def before(
+        self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        super().before(transformer, args, kwargs)
+        if self.waiting is None or self.waiting.grid is None:
+            return None
+        arguments = self.arguments(args, kwargs)
+        latents, timestep = arguments["hidden_states"], arguments.get("timestep")
+        order = tile_order(self.waiting.grid, self.tile, latents.device)
+        arguments["hidden_states"] = _reorder(transformer, latents, order)
+        if isinstance(timestep, Tensor) and timestep.ndim == 2:  # one a token, Wan2.2 TI2V
+            arguments["timestep"] = timestep[:, order]
+        return (), arguments
+
+    def after_rotary(self, rotary: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        carried = super().after_rotary(rotary, args, output)
+        if not isinstance(carried, CarriedContext) or carried.context.grid is None:
+            return carried
+        cos, sin = carried.rotary
+        order = tile_order(carried.context.grid, self.tile, cos.device)
+        return CarriedContext((cos[:, order], sin[:, order]), carried.context)
+
+    def after(self, transformer: Any, args: tuple[Any, ...], output: Any) -> Any:
+        sample = output[0]
+        grid = _grid(transformer, sample)
+        sample = _reorder(transformer, sample, raster_order(grid, self.tile, sample.device))
+        return (sample,) if isinstance(output, tuple) else type(output)(sample=sample)
+
+
+def _reorder(transformer: Any, latents: Tensor, order: Tensor) -> Tensor:
+    """(B, C, T, H, W) with its patches, in raster order, at other places."""
+    grid, patch = _grid(transformer, latents), transformer.config.patch_size
+    return unpatchify(patchify(latents, patch)[:, order], grid, patch)
+
+
+__all__ = ["WAN_CONFIGS", "WanAdapter", "WanProcessor", "build_wan"]
