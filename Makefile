@@ -61,8 +61,8 @@ generate: $(ENVIRONMENT) ## write a video: PROMPT="..." CKPT= CONFIG= OUT= ARGS=
 	@test -n "$(PROMPT)" || { echo 'usage: make generate PROMPT="what the video shows" [CKPT=model.safetensors]' >&2; exit 2; }
 	$(PY) -m sla generate --config $(config) --prompt "$(PROMPT)" $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-eval: $(ENVIRONMENT) ## measure a model: validation loss and video metrics: CKPT= CONFIG= ARGS=
-	$(PY) -m sla eval --config $(config) $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
+eval: $(ENVIRONMENT) ## measure against full attention: CKPT= CONFIG= ARGS="eval.methods=[sla,sparse_only]"
+	$(PY) -m sla eval $(record) --config $(config) $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 BENCH ?= kernels
 bench: $(ENVIRONMENT) ## time the operator against exact attention: ARGS="--suite wan-1.3b --record", BENCH=attention

@@ -13,21 +13,39 @@ from sla_eval.metrics import (
     metric_class,
     register_metric,
 )
-from sla_eval.report import bootstrap_interval, markdown_table, score_folder, write_json
+from sla_eval.prompts import Prompt, PromptError, assign_prompts, read_prompts
+from sla_eval.report import (
+    bootstrap_interval,
+    markdown_table,
+    paired_differences,
+    read_report,
+    score_files,
+    score_folder,
+    write_json,
+    write_table,
+)
 from sla_eval.videos import VideoError, find_videos, read_video
 
 __all__ = [
     "MetricUnavailableError",
+    "Prompt",
+    "PromptError",
     "VideoError",
     "VideoMetric",
+    "assign_prompts",
     "available_metrics",
     "bootstrap_interval",
     "build_metric",
     "find_videos",
     "markdown_table",
     "metric_class",
+    "paired_differences",
+    "read_prompts",
+    "read_report",
     "read_video",
     "register_metric",
+    "score_files",
     "score_folder",
     "write_json",
+    "write_table",
 ]

@@ -8,12 +8,15 @@ import math
 
 import pytest
 import torch
-from sla_eval import VideoMetric, available_metrics, build_metric, register_metric
+from sla_eval import VideoMetric, available_metrics, build_metric, metric_class, register_metric
 from torch import Tensor
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
+
+# What runs anywhere; metrics that run networks are tested with small ones, in their own files.
+WEIGHT_FREE = ["flow_magnitude", "psnr", "ssim", "temporal_flickering", "warping_error"]
 
 
 @pytest.fixture
@@ -132,7 +135,13 @@ def test_more_damage_scores_lower(name: str, damage: str) -> None:
     assert len(set(scores)) == len(scores)
 
 
-@pytest.mark.parametrize("name", available_metrics())
+def test_weight_free_metrics_are_available() -> None:
+    assert set(WEIGHT_FREE) <= set(available_metrics())
+    for name in WEIGHT_FREE:
+        assert metric_class(name).availability() is None
+
+
+@pytest.mark.parametrize("name", WEIGHT_FREE)
 def test_mean_over_videos_in_any_order(name: str, generator: torch.Generator) -> None:
     # Of unlike length: each video counts once, whatever its frames.
     references = [random_video(generator, frames) for frames in (2, 5, 9)]
@@ -153,7 +162,7 @@ def test_mean_over_videos_in_any_order(name: str, generator: torch.Generator) ->
         metric.compute()
 
 
-@pytest.mark.parametrize("name", available_metrics())
+@pytest.mark.parametrize("name", WEIGHT_FREE)
 def test_values_lie_in_the_range_and_inputs_are_kept(name: str, generator: torch.Generator) -> None:
     video, reference = random_video(generator), random_video(generator)
     before = video.clone(), reference.clone()
@@ -211,6 +220,7 @@ def test_registry_is_open_and_names_the_nearest(monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(ValueError, match="a metric named 'brightness' is registered: Brightness"):
         register_metric(Other)
+    assert Brightness.title == "Brightness"
     with pytest.raises(TypeError, match="subclass of VideoMetric"):
         register_metric(int)  # type: ignore[type-var]
 
@@ -221,3 +231,15 @@ def test_docstring_examples(name: str) -> None:
     results = doctest.testmod(module)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+@pytest.mark.parametrize("name", available_metrics())
+def test_metrics_say_what_they_are(name: str) -> None:
+    cls = metric_class(name)
+    assert cls.title
+    assert cls.source
+    low, high = cls.value_range
+    assert low < high
+    assert isinstance(cls.higher_is_better, bool)
+    for word in ("Formula:", "Inputs:", "Range:", "Average:", "Source:"):
+        assert word in (cls.__doc__ or ""), f"{name} does not say its {word}"

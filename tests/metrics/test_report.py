@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import importlib.metadata
+import io
 import json
 import math
 import subprocess
@@ -11,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sla_eval.report
+import sla_eval.runner
+import sla_eval.videos
 import torch
 from sla_eval import (
     VideoError,
@@ -22,6 +27,8 @@ from sla_eval import (
     write_json,
 )
 from sla_eval.__main__ import main
+from sla_eval.report import paired_differences, read_report, write_table
+from sla_eval.tables import Table, difference_table, latex_escape, method_table
 
 from sla.data.video import write_video
 
@@ -75,6 +82,17 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path: Path) -> None:
             read_video(tmp_path / f"{name}.mp4")
 
 
+@pytest.mark.parametrize("width", [64, 160])  # of either decoder
+def test_a_video_too_large_for_memory_is_refused(tmp_path: Path, width: int) -> None:
+    write_video(tmp_path / "x.mp4", ramp(5, width=width), fps=8)
+    size = 4 * 3 * 32 * width
+    found = sla_eval.videos.decode_video(tmp_path / "x.mp4", max_bytes=size)
+    assert found.frames.numel() == size
+    assert found.fps == pytest.approx(8)
+    with pytest.raises(VideoError, match="too large"):
+        sla_eval.videos.decode_video(tmp_path / "x.mp4", max_bytes=size - 1)
+
+
 def test_report_of_a_folder(folders: tuple[Path, Path]) -> None:
     report = score_folder(*folders)
     assert list(report["unreadable"]) == ["broken.mp4"]
@@ -99,11 +117,11 @@ def test_each_video_is_decoded_once(
 ) -> None:
     decoded: list[Path] = []
 
-    def counting(path: Path) -> torch.Tensor:
+    def counting(path: Path) -> sla_eval.videos.Video:
         decoded.append(path)
-        return read_video(path)
+        return sla_eval.videos.decode_video(path)
 
-    monkeypatch.setattr(sla_eval.report, "read_video", counting)
+    monkeypatch.setattr(sla_eval.runner, "decode_video", counting)
     score_folder(*folders)
     assert len(decoded) == len(set(decoded)) == 4 + 2  # videos, references of the same name
 
@@ -111,7 +129,7 @@ def test_each_video_is_decoded_once(
 def test_without_references_the_rest_is_scored(folders: tuple[Path, Path]) -> None:
     metrics = score_folder(folders[0])["metrics"]
     for name in ("psnr", "ssim"):
-        assert metrics[name] == {"not_available": "needs reference videos, none were given"}
+        assert metrics[name]["not_available"] == "needs reference videos, none were given"
     assert len(metrics["temporal_flickering"]["per_video"]) == 3
 
 
@@ -196,9 +214,16 @@ def test_command_line_exit_codes(
     assert main(["--videos", videos, "--out", str(out)]) == 0
     assert "| temporal_flickering ↑ |" in capsys.readouterr().out
     assert json.loads(out.read_text())["unreadable"].keys() == {"broken.mp4"}
-    assert main(["--videos", videos, "--require"]) == 1
-    assert "required metric psnr is not available" in capsys.readouterr().err
-    assert main(["--videos", videos, "--reference", references, "--require"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "empty",
+        *(f"report{suffix}" for suffix in (".json", ".md", ".csv", ".tex")),
+    }
+    some = ["--metrics", "psnr,temporal_flickering", "--require"]
+    assert main(["--videos", videos, *some]) == 1
+    error = capsys.readouterr().err
+    assert "required metric psnr is not available" in error
+    assert "--reference DIR" in error
+    assert main(["--videos", videos, "--reference", references, *some]) == 0
     assert main(["--videos", videos, "--metrics", "temporal_flickering", "--require"]) == 0
     assert main(["--videos", videos, "--metrics", "psnr,ssim"]) == 1
     assert main(["--videos", str(empty)]) == 1
@@ -211,6 +236,11 @@ def test_command_line_exit_codes(
         (["--videos", "no/such/folder"], "must be an existing folder, got 'no/such/folder'"),
         (["--videos", ".", "--metrics", "psmr"], "unknown metric 'psmr'; did you mean 'psnr'?"),
         (["--videos", ".", "--metrics", ","], "at least one metric"),
+        (["--videos", ".", "--prompts", "no/such/file"], "No such file"),
+        (["--videos", ".", "--out", "report.txt"], "--out must end in .json, got 'report.txt'"),
+        (["--videos", ".", "--baseline", "no.json"], "must be a readable JSON file, got 'no.json'"),
+        (["--videos", ".", "--device", "toaster"], "such as cpu or cuda:0, got 'toaster'"),
+        (["--videos", ".", "--workers", "-1"], "workers must be 0 or more, got -1"),
         ([], "required: --videos"),
     ],
 )
@@ -221,6 +251,144 @@ def test_command_line_refuses(
         main(arguments)
     assert exit_info.value.code == 2
     assert text in capsys.readouterr().err
+
+
+def test_what_is_compared_with_a_baseline_is_paired(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    only = ["--metrics", "temporal_flickering"]
+    assert main(["--videos", str(folders[1]), *only, "--out", str(before)]) == 0
+    call = ["--videos", str(folders[0]), *only, "--baseline", str(before), "--out", str(after)]
+    assert main(call) == 0
+    assert f"Difference to {before}" in capsys.readouterr().out
+    (found,) = json.loads(after.read_text())["differences"].values()
+    entry = found["temporal_flickering"]
+    assert entry["per_video"] == pytest.approx({"a.mp4": 0.0, "b.mp4": -10 / 255}, abs=2 / 255)
+    assert entry["count"] == 2
+    again = score_folder(folders[0], None, ["temporal_flickering"])
+    assert read_report(after)["metrics"] == again["metrics"]
+
+
+def make_report(values: dict[str, float], **videos: dict[str, object]) -> dict[str, object]:
+    entry = {
+        "title": "Score",
+        "higher_is_better": True,
+        "needs_reference": False,
+        "per_video": values,
+    }
+    return {"videos": videos or {name: {} for name in values}, "metrics": {"score": entry}}
+
+
+def test_pairs_are_narrower_than_the_means() -> None:
+    random = np.random.default_rng(0)
+    prompts = random.normal(0.0, 10.0, 60)  # what both methods have alike
+    noise = random.normal(0.0, 0.1, 60)
+    first = make_report({f"{i}": float(v) for i, v in enumerate(prompts)})
+    second = make_report({f"{i}": float(v) for i, v in enumerate(prompts + 0.5 + noise)})
+    entry = paired_differences(second, first)["score"]
+    assert entry["mean"] == pytest.approx(0.5 + noise.mean())
+    assert 0.4 < entry["low"] < entry["mean"] < entry["high"] < 0.6
+    assert entry["high"] - entry["low"] == pytest.approx(3.92 * noise.std() / 60**0.5, rel=0.2)
+    assert paired_differences(first, first)["score"]["high"] == 0.0
+    negative = paired_differences(first, second)["score"]
+    assert negative["mean"] == pytest.approx(-entry["mean"])
+
+
+def test_pairs_are_by_name_and_finite() -> None:
+    first = make_report({"a": 1.0, "b": math.inf, "c": 3.0})
+    second = make_report({"c": 5.0, "b": math.inf, "d": 0.0})
+    entry = paired_differences(second, first)["score"]
+    assert entry["per_video"] == {"c": 2.0}
+    assert entry["left_out"] == 1
+    assert paired_differences(second, make_report({"x": 1.0})) == {}
+
+
+def test_weighted_pairs_count_by_their_weights() -> None:
+    first = make_report({"a": 1.0, "b": 1.0})
+    second = make_report({"a": 2.0, "b": 5.0})
+    second["metrics"]["score"]["weights"] = {"a": 3.0, "b": 1.0}  # type: ignore[index]
+    assert paired_differences(second, first)["score"]["mean"] == pytest.approx((3 * 1 + 4) / 4)
+
+
+def test_weights_move_mean_and_interval_as_repeats_do() -> None:
+    values = np.random.default_rng(5).normal(size=200).tolist()
+    assert bootstrap_interval(values, weights=[2.0] * 200) == pytest.approx(
+        bootstrap_interval(values), rel=1e-9
+    )
+    weights = [9.0 if value > 0 else 1.0 for value in values]
+    low, high = bootstrap_interval(values, weights=weights)
+    assert low < np.average(values, weights=weights) < high
+    assert bootstrap_interval(values)[1] < low
+
+
+@pytest.mark.parametrize(("key", "other"), [("prompt", "a hen"), ("seed", 2)])
+def test_pairs_of_other_prompts_or_seeds_are_refused(key: str, other: object) -> None:
+    video = {"prompt": "a fox", "seed": 1}
+    first = make_report({"a": 1.0}, a=video)
+    second = make_report({"a": 1.0}, a={**video, key: other})
+    with pytest.raises(ValueError, match=f"a has {key} .* there"):
+        paired_differences(second, first)
+
+
+def test_report_says_where_it_comes_from(folders: tuple[Path, Path]) -> None:
+    report = score_folder(folders[0], None, ["temporal_flickering"])
+    origin = report["provenance"]
+    assert origin["versions"]["torch"] == importlib.metadata.version("torch")
+    assert {"command", "date", "device", "python", "weights"} <= origin.keys()
+    assert origin["weights"] == {}, "what needs no weights has none"
+
+
+AWKWARD = r"50 % of a_b & c | {x} #1 $5 ~ ^ \ <b>"
+
+
+def test_latex_escapes() -> None:
+    assert latex_escape(r"\%_") == r"\textbackslash{}\%\_"
+    assert latex_escape("a\nb") == "a b"
+    tex = Table(AWKWARD, ["method ↑", AWKWARD], [["[x]", AWKWARD]], [AWKWARD + "\nnext"]).latex()
+    escaped = (
+        r"50 \% of a\_b \& c \textbar{} \{x\} \#1 \$5 \textasciitilde{} \textasciicircum{} "
+        r"\textbackslash{} \textless{}b\textgreater{}"
+    )
+    assert rf"{{[x]}} & {{{escaped}}} \\" in tex
+    assert r"{method $\uparrow$}" in tex
+    assert tex.count("\n% ") == 1, "a note with a line break stays a comment"
+
+
+def test_csv_and_markdown_keep_their_cells() -> None:
+    table = Table("t", ["name", "text"], [["a,b", 'say "x"\nthen | y'], ["=1+1", "-2"]])
+    rows = list(csv.reader(io.StringIO(table.csv())))
+    assert rows == [["name", "text"], ["a,b", 'say "x"\nthen | y'], ["'=1+1", "-2"]]
+    assert table.markdown().splitlines()[2] == r'| a,b | say "x" then \| y |'
+    with pytest.raises(ValueError, match="2 cells a row"):
+        Table("t", ["a", "b"], [["1"]])
+
+
+def test_tables_of_methods(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    names = ["dover", "psnr", "temporal_flickering"]
+    full = score_folder(folders[1], None, names)
+    ours = score_folder(*folders, names)
+    table = method_table({"full": full, "ours": ours}, baseline="full", extra={"loss": {"full": 2}})
+    cells = dict(zip(table.head, table.body[0], strict=True))
+    own = dict(zip(table.head, table.body[1], strict=True))
+    psnr = next(title for title in table.head if title.lower().startswith("psnr"))
+    dover = next(title for title in table.head if title.lower().startswith("dover"))
+    assert (cells[psnr], cells["loss"], own["loss"]) == ("reference", "2.0000", "–")
+    assert own[psnr].startswith("inf [")
+    if "not_available" in ours["metrics"]["dover"]:
+        assert table.head[-1] == dover
+        assert own[dover] == "not available"
+        assert any("not available: DOVER" in note for note in table.notes), "and how to get it"
+    files = write_table(tmp_path / "sub" / "table", table)
+    assert [path.name for path in files] == ["table.md", "table.csv", "table.tex"]
+    records = list(csv.DictReader(files[1].open()))
+    value = next(
+        r for r in records if (r["method"], r["metric"]) == ("ours", "temporal_flickering")
+    )
+    assert float(value["mean"]) == ours["metrics"]["temporal_flickering"]["mean"]  # unrounded
+    found = difference_table({"ours": paired_differences(ours, full)}, "full")
+    assert found.body[0][0] == "ours"
+    assert found.body[0][1].startswith("-0.")
 
 
 def test_runs_as_a_module_without_sla(folders: tuple[Path, Path]) -> None:

@@ -209,9 +209,10 @@ def test_finetuning_measures_before_and_after(
     evaluate = ["eval", "--config", str(sla), "run.name=tuned", start]
     assert main([*evaluate, "--out", str(config.parent / "eval")]) == 0
     report = json.loads((config.parent / "eval" / "report.json").read_text())
-    assert report["full attention (reference)"]["attention_error"] == 0
-    assert report["sla"]["attention_error"] > 0
-    assert {"psnr", "temporal_flickering"} <= set(report["videos"]["metrics"])
+    full, tuned = report["methods"]["full (reference)"], report["methods"]["sla"]
+    assert full["attention_error"] == 0
+    assert tuned["attention_error"] > 0
+    assert {"psnr", "temporal_flickering"} <= set(tuned["scores"]["metrics"])
 
 
 def test_a_checkpoint_of_another_architecture_is_named(

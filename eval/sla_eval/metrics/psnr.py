@@ -40,9 +40,11 @@ class PSNR(VideoMetric):
     """
 
     name = "psnr"
+    title = "PSNR (dB)"
     higher_is_better = True
     value_range = (0.0, math.inf)
     needs_reference = True
+    source = "torchmetrics peak_signal_noise_ratio, one MSE a video"
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:
         assert reference is not None  # checked by update

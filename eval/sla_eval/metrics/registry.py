@@ -3,39 +3,41 @@
 from __future__ import annotations
 
 import difflib
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import EvalMetric, VideoMetric, VideoSetMetric
 
-_METRICS: dict[str, type[VideoMetric]] = {}
+_METRICS: dict[str, type[VideoMetric] | type[VideoSetMetric]] = {}
 
-M = TypeVar("M", bound=type[VideoMetric])
+M = TypeVar("M", bound=type[EvalMetric])
 
 
 def register_metric(cls: M) -> M:
     """Class decorator: makes a metric known under its `name`.
 
     Raises:
-        TypeError: not a subclass of `VideoMetric`.
+        TypeError: not a subclass of `VideoMetric` or `VideoSetMetric`.
         ValueError: it has no `name`, or another class has it.
     """
-    if not (isinstance(cls, type) and issubclass(cls, VideoMetric)):
-        raise TypeError(f"cls must be a subclass of VideoMetric, got {cls!r}")
+    if not (isinstance(cls, type) and issubclass(cls, VideoMetric | VideoSetMetric)):
+        raise TypeError(f"cls must be a subclass of VideoMetric or VideoSetMetric, got {cls!r}")
     name = getattr(cls, "name", "")
     if not name:
         raise ValueError(f"{cls.__name__}.name must be a non-empty string, got {name!r}")
     if _METRICS.get(name, cls) is not cls:
         raise ValueError(f"a metric named {name!r} is registered: {_METRICS[name].__name__}")
+    if not cls.title:
+        cls.title = name.replace("_", " ").capitalize()
     _METRICS[name] = cls
     return cls
 
 
 def available_metrics() -> list[str]:
-    """Names of all registered metrics, sorted."""
+    """Names of all registered metrics, sorted; `availability` of each says if it can run here."""
     return sorted(_METRICS)
 
 
-def metric_class(name: str) -> type[VideoMetric]:
+def metric_class(name: str) -> type[VideoMetric] | type[VideoSetMetric]:
     """The metric registered under `name`.
 
     Raises:
@@ -49,11 +51,15 @@ def metric_class(name: str) -> type[VideoMetric]:
     return _METRICS[name]
 
 
-def build_metric(name: str) -> VideoMetric:
+def build_metric(name: str, **kwargs: Any) -> VideoMetric | VideoSetMetric:
     """A fresh metric.
+
+    Args:
+        name: of a registered metric.
+        kwargs: for its constructor; every metric takes `weights_dir`.
 
     Raises:
         ValueError: no metric has this name.
         MetricUnavailableError: it cannot run here (weights or a package are missing).
     """
-    return metric_class(name)()
+    return metric_class(name)(**kwargs)

@@ -24,6 +24,7 @@ class TemporalFlickering(VideoMetric):
     Average: over the pairs of a video, then over videos.
     Source: VBench (arXiv 2311.17982), section 3.1, "Temporal Flickering", and its
     `temporal_flickering.py`.
+    Deviations: sums are exact, where VBench's are of float32 (they differ by about 1e-9).
 
     >>> import torch
     >>> video = torch.tensor([0, 51, 102], dtype=torch.uint8).view(3, 1, 1, 1)
@@ -37,6 +38,7 @@ class TemporalFlickering(VideoMetric):
     higher_is_better = True
     value_range = (0.0, 1.0)
     needs_reference = False
+    source = "VBench (arXiv 2311.17982), temporal_flickering.py"
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:
         if len(video) < 2:

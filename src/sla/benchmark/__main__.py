@@ -13,6 +13,7 @@ BENCHMARKS = {
     "kernels": "the operator against exact attention: time, memory, FLOPs over time",
     "attention": "the attention methods: time against what their exact work predicts",
     "data": "the data pipeline: samples and frames per second",
+    "eval": "video metrics: videos per second, each metric and all of them",
     "e2e": "Wan2.1 from end to end: denoising step, training step, generation",
 }
 

@@ -1,63 +1,432 @@
-"""`python -m sla eval`: validation loss and video metrics of a model against full attention."""
+"""`python -m sla eval`: validation loss and video metrics of methods against full attention.
+
+Each method makes videos of the same prompts from the same seeds. Videos stay, and a later call
+takes those that would come out the same; so an interrupted call goes on where it was.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import gc
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import sla_eval.report
+import torch
+from sla_eval.prompts import Prompt, read_prompts
+from sla_eval.report import (
+    choose_metrics,
+    paired_differences,
+    score_files,
+    write_json,
+    write_table,
+)
+from sla_eval.tables import Table, difference_table, method_table
+from tqdm import tqdm
 
 from sla.cli import weights
 from sla.cli.data import ensure
 from sla.cli.quiet import quiet_lightning
-from sla.config import load_experiment
+from sla.config import ConfigError, load_experiment
+from sla.data.module import VideoDataModule
 from sla.data.video import write_video
+from sla.figures import quality
+from sla.files import file_sha256, write_text
+from sla.flops import CASES
+from sla.models.checkpoint import read_header
+from sla.results import RESULTS, ResultsFile, provenance
 from sla.training.build import build_data, sampling_device
+from sla.training.config import Experiment
 from sla.training.run import default_prompts, sample_videos
 from sla.training.run import evaluate as measure
+from sla.training.run_folder import RunError
 
 
-def evaluate(config: Path, overrides: Sequence[str], path: Path | None, out: Path | None) -> None:
-    """Measure weights beside the pretrained full-attention model, at the same prompts and seeds.
+@dataclass(frozen=True)
+class Method:
+    """A model to measure.
+
+    Attributes:
+        label: its line in tables.
+        folder: name for its files.
+        path: weights.
+        experiment: config with its attention.
+        swapped: the config's attention in place of the weights' own, without fine-tuning.
+    """
+
+    label: str
+    folder: str
+    path: Path
+    experiment: Experiment
+    swapped: bool = False
+
+    def load(self) -> weights.Loaded:
+        """The model; what a swap adds is drawn from `run.seed`."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.experiment.run.seed)
+            return weights.load(self.experiment, self.path, swap=self.swapped)
+
+
+def evaluate(
+    config: Path,
+    overrides: Sequence[str],
+    path: Path | None,
+    out: Path | None,
+    *,
+    record: bool = False,
+) -> None:
+    """Measure methods beside the pretrained full-attention model, at the same prompts and seeds.
+
+    Writes `<method>.json` a method, the tables of scores, of differences and of the paper's numbers
+    as Markdown, CSV and LaTeX, and `report.json` with everything.
 
     Args:
-        path: weights; None takes those of the config's run, or before it is finished the
-            pretrained ones with the config's attention swapped in.
-        out: folder for the videos and `report.json`; None takes `runs/<name>/eval`.
+        path: weights of the config's own method; None takes those of the config's run, or before
+            it is finished the pretrained ones with the method swapped in.
+        out: folder to write; None takes `runs/<name>/eval`.
+        record: keep the scores under `results/eval` too.
+
+    Raises:
+        RunError: no weights, or `eval.require` and a metric that is not available.
+        ConfigError, ValueError: a config, metric or list of prompts that cannot be used.
     """
     quiet_lightning()
     experiment = load_experiment(config, overrides)
+    try:
+        classes = choose_metrics(experiment.eval.metrics)  # before any work
+    except ValueError as error:
+        raise ConfigError(f"eval.metrics: {error}") from error
     ensure(experiment.data)
-    full = weights.load(experiment, weights.pretrained(experiment))
-    path = path or weights.newest(experiment)
-    if path is None:
-        print("no finished run of this config: measuring its attention without fine-tuning")
-        model = weights.load(experiment, full.path, swap=True)
-    else:
-        model = weights.load(experiment, path)
+    methods = choose_methods(config, overrides, experiment, path)
     out = out or Path(experiment.run.dir) / experiment.run.name / "eval"
-    data = build_data(experiment)
-    prompts = default_prompts(experiment, data)
 
-    report: dict[str, object] = {"weights": str(model.path), "attention": model.name}
-    print(f"{'model':<28}{'validation loss':>16}{'attention error':>17}")
-    for name, loaded in (("full attention (reference)", full), (model.name, model)):
-        measured = measure(loaded.experiment, loaded.module, data)
-        report[name] = {"val_loss": measured.loss, "attention_error": measured.error}
-        print(f"{name:<28}{measured.loss:>16.5f}{measured.error:>17.4f}", flush=True)
+    report: dict[str, Any] = {"provenance": provenance(experiment.sampling.seed), "methods": {}}
+    found: dict[str, dict[str, Any]] = report["methods"]
+    videos: dict[str, list[Path]] = {}
+    prompts: list[str] = []
+    data: VideoDataModule | None = None
+    for method in methods:
+        loaded = method.load()
+        if data is None:  # the first is full attention: what all are measured on is told by it
+            data = build_data(loaded.experiment)
+            prompts = choose_prompts(experiment, data)
+        entry = {"weights": str(method.path), "attention": loaded.name, "swapped": method.swapped}
+        found[method.label] = entry
+        if experiment.eval.validation:
+            measured = measure(loaded.experiment, loaded.module, data)
+            entry |= {"val_loss": measured.loss, "attention_error": measured.error}
+            print(
+                f"{method.label}: validation loss {measured.loss:.5f}, attention error "
+                f"{measured.error:.4f}",
+                flush=True,
+            )
+        videos[method.label] = generate(method, loaded, prompts, out / method.folder)
+        del loaded
+        gc.collect()  # two models at a time would be one too many for large ones
 
-    folders = {"reference": out / "reference", "videos": out / "videos"}
-    for folder, loaded in zip(folders.values(), (full, model), strict=True):
-        module = loaded.module.to(sampling_device(experiment.trainer))
-        for old in folder.glob("*.mp4"):
-            old.unlink()
-        for i, video in enumerate(sample_videos(loaded.experiment, module, prompts)):
-            write_video(folder / f"{i:03d}.mp4", video, experiment.sampling.fps)
-    if prompts:
-        scores = sla_eval.report.score_folder(folders["videos"], folders["reference"])
-        report["videos"] = scores
-        print(f"\n{len(prompts)} videos, same prompts and seeds, against full attention's:")
-        print(sla_eval.report.markdown_table(scores))
     report["prompts"] = prompts
-    sla_eval.report.write_json(out / "report.json", report)
-    print(f"\n{out / 'report.json'}; videos in {out}")
+    reference = methods[0]
+    if prompts:
+        scores = score(methods, videos, prompts, experiment, classes)
+        differences = {
+            method.label: paired_differences(scores[method.label], scores[reference.label])
+            for method in methods[1:]
+        }
+        for method in methods:
+            entry = found[method.label]
+            entry["scores"] = scores[method.label]
+            entry["difference"] = differences.get(method.label, {})
+            write_json(out / f"{method.folder}.json", {"method": method.label, **entry})
+        count = len(prompts)
+        tables = {
+            "table": method_table(
+                scores,
+                baseline=reference.label,
+                extra=_validation(found),
+                caption=f"Measured by us: {count} videos a method, mean [95 % interval]",
+            ),
+            "differences": difference_table(
+                differences,
+                reference.label,
+                f"Measured by us: paired difference to {reference.label} on the same prompts and "
+                f"seeds, mean [95 % interval]",
+            ),
+            "paper": paper_table(),
+        }
+        for name, table in tables.items():
+            write_table(out / name, table)
+            print(f"\n{table.caption}\n\n{table.markdown()}", end="")
+    write_json(out / "report.json", report)
+    if record:
+        print(f"\nrecorded in {keep(found, experiment.sampling.seed)}")
+    print(f"\n{out / 'report.json'}; videos and tables in {out}")
+    if prompts and experiment.eval.require:
+        _require_all(scores)
+
+
+def choose_methods(
+    config: Path, overrides: Sequence[str], experiment: Experiment, path: Path | None
+) -> list[Method]:
+    """What to measure; full attention, whose videos are the reference, first.
+
+    Raises:
+        RunError: no pretrained weights, weights of another method than `eval.weights` says, or
+            `eval.weights` for a method that is not measured.
+        ConfigError: an unknown method.
+    """
+    own = experiment.attention.name
+    start = weights.pretrained(experiment)
+    first = f"{read_header(start).attention.name} (reference)"
+    methods = [Method(first, _slug(first), start, experiment)]
+    names = list(dict.fromkeys(experiment.eval.methods or [own]))
+    unused = experiment.eval.weights.keys() - set(names)
+    if unused:
+        raise RunError(f"eval.weights names {sorted(unused)}, which eval.methods does not")
+    for name in names:
+        given = experiment.eval.weights.get(name)
+        its_path = Path(given) if given else None
+        its_experiment = experiment
+        if name == own:
+            its_path = path or its_path or weights.newest(experiment)
+        else:
+            # Numbers given on the command line are the config's own method's.
+            others = [item for item in overrides if not item.startswith("attention.")]
+            its_experiment = load_experiment(config, [*others, f"attention.name={name}"])
+        if its_path is None:
+            if name == "full":
+                continue  # as the reference
+            print(f"{name}: no fine-tuned weights; measuring it swapped in, without fine-tuning")
+            label = f"{name} (not fine-tuned)"
+            methods.append(Method(label, _slug(label), start, its_experiment, swapped=True))
+            continue
+        if not its_path.is_file():
+            raise RunError(f"no weights {its_path} of {name}")
+        held = read_header(its_path).attention.name
+        if held != name and its_path != path:
+            raise RunError(f"{its_path} is to be {name}'s, but holds a model with {held} attention")
+        methods.append(Method(held, _slug(held), its_path, its_experiment))
+    return methods
+
+
+def choose_prompts(experiment: Experiment, data: VideoDataModule) -> list[str]:
+    """The prompts of `eval.prompts`, or those that a run samples."""
+    config = experiment.eval
+    if not config.prompts:
+        return default_prompts(experiment, data)
+    prompts = [prompt.text for prompt in read_prompts(config.prompts)]
+    count = min(config.num_prompts or len(prompts), len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def generate(
+    method: Method, loaded: weights.Loaded, prompts: Sequence[str], folder: Path
+) -> list[Path]:
+    """The videos of the prompts, made or found; beside each a JSON file says what made it."""
+    experiment = loaded.experiment
+    device = sampling_device(experiment.trainer)
+    digest = file_sha256(method.path)
+    files, missing = [], []
+    for i, prompt in enumerate(prompts):
+        seed = experiment.sampling.seed + i
+        file = folder / f"{seed:05d}-{_slug(prompt)[:48] or 'empty'}.mp4"
+        files.append(file)
+        made_of = _made_of(method, experiment, prompt, seed, digest, device)
+        if not (experiment.eval.reuse and is_made(file, made_of)):
+            missing.append((file, prompt, seed, made_of))
+    if len(missing) < len(files):
+        print(f"{method.label}: {len(files) - len(missing)} videos are there already")
+    if not missing:
+        return files
+    module = loaded.module.to(device)
+    label = f"{method.label}: {len(missing)} videos"
+    for file, prompt, seed, made_of in tqdm(missing, label, file=sys.stderr):
+        one = replace(experiment, sampling=replace(experiment.sampling, seed=seed))
+        start = time.perf_counter()
+        video = sample_videos(one, module, [prompt])[0]
+        seconds = time.perf_counter() - start
+        # The sidecar comes last: where it is, the video is whole and of these settings.
+        file.with_suffix(".json").unlink(missing_ok=True)
+        write_video(file, video, experiment.sampling.fps)
+        sidecar = {
+            "prompt": prompt,
+            "seed": seed,
+            "weights": str(method.path),
+            "attention": dataclasses.asdict(experiment.attention),
+            "sampling": dataclasses.asdict(one.sampling),
+            "sampling_seconds": round(seconds, 2),
+            "made_of": made_of,
+            "video_sha256": file_sha256(file),
+            "provenance": provenance(seed),
+        }
+        write_text(file.with_suffix(".json"), json.dumps(sidecar, indent=2) + "\n")
+    return files
+
+
+def _made_of(
+    method: Method,
+    experiment: Experiment,
+    prompt: str,
+    seed: int,
+    digest: str,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What a video follows from, apart from the code: two that agree in this are the same."""
+    sampling, data = experiment.sampling, experiment.data
+    values = {
+        "prompt": prompt,
+        "seed": seed,
+        "weights_sha256": digest,
+        "swapped_with_seed": experiment.run.seed if method.swapped else None,
+        "attention": dataclasses.asdict(experiment.attention),
+        "autoencoder": dataclasses.asdict(experiment.autoencoder),
+        "text_encoder": dataclasses.asdict(experiment.text_encoder),
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "shift": experiment.flow.shift,
+        "fps": sampling.fps,
+        "size": [data.num_frames, data.height, data.width],
+        "device": device.type,
+    }
+    return dict(json.loads(json.dumps(values)))  # as a file gives it back
+
+
+def is_made(file: Path, made_of: Mapping[str, Any]) -> bool:
+    """Whether a video is there, whole, and of these settings, by the JSON file beside it."""
+    try:
+        sidecar = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        return (
+            isinstance(sidecar, dict)
+            and sidecar.get("made_of") == made_of
+            and sidecar.get("video_sha256") == file_sha256(file)
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def score(
+    methods: Sequence[Method],
+    videos: Mapping[str, Sequence[Path]],
+    prompts: Sequence[str],
+    experiment: Experiment,
+    classes: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """A report a method; all but the first are compared with the first one's videos."""
+    config = experiment.eval
+    reference = methods[0]
+    dimensions = {}
+    if config.prompts:
+        dimensions = {p.text: p.dimensions for p in read_prompts(config.prompts)}
+    scores = {}
+    for method in methods:
+        files = videos[method.label]
+        seeds = range(experiment.sampling.seed, experiment.sampling.seed + len(files))
+        named = {
+            file.name: Prompt(text, dimensions.get(text, ()), seed)
+            for file, text, seed in zip(files, prompts, seeds, strict=True)
+        }
+        scores[method.label] = score_files(
+            files,
+            None if method is reference else videos[reference.label],
+            classes,
+            prompts=named,
+            workers=config.workers,
+            device=sampling_device(experiment.trainer),
+            weights_dir=config.weights_dir or None,
+        )
+    return scores
+
+
+def paper_table() -> Table:
+    """The paper's own numbers, which are of another model, other data and other prompts."""
+    costs = {case.label: case for case in CASES}
+    titles = quality.COLUMN_TITLES
+    body, records = [], []
+    for label, values in quality.QUALITY.items():
+        case = costs[label]
+        assert case.paper_tflops is not None
+        assert case.paper_sparsity is not None
+        flops, sparsity = f"{case.paper_tflops:.2f}T", f"{case.paper_sparsity:.0%}"
+        body.append([label, *values, flops, sparsity])
+        numbers = {f"paper: {titles[c]}": v for c, v in zip(quality.COLUMNS, values, strict=True)}
+        cost = {"paper: TFLOPs": case.paper_tflops, "paper: sparsity": case.paper_sparsity}
+        records.append({"method": label, **numbers, **cost})
+    head = ["method", *(f"paper's {column}" for column in quality.COLUMNS)]
+    notes = [
+        f"{quality.SETTING}; not comparable with the scores of another model, set of prompts or "
+        "resolution",
+        "; ".join(f"{column}: {title}" for column, title in titles.items()),
+    ]
+    return Table(
+        f"The paper's numbers, not measured by us ({quality.SOURCE})",
+        [*head, "paper's FLOPs", "paper's sparsity"],
+        body,
+        notes,
+        records,
+    )
+
+
+def keep(found: Mapping[str, Mapping[str, Any]], seed: int, root: Path = RESULTS) -> Path:
+    """Write all scores to a results file: a row a video and metric, and a row a mean."""
+    file = ResultsFile("eval", seed=seed, root=root)
+    for label, entry in found.items():
+        common = {"model": entry["weights"], "method": label, "swapped": entry["swapped"]}
+        for metric in ("val_loss", "attention_error"):
+            if metric in entry:
+                file.append({**common, "metric": metric, "video": None, "value": entry[metric]})
+        for metric, scored in entry.get("scores", {}).get("metrics", {}).items():
+            if "mean" not in scored:
+                continue
+            difference = entry["difference"].get(metric, {})
+            row = {
+                "video": None,
+                "value": scored["mean"],
+                "low": scored["low"],
+                "high": scored["high"],
+                "n": scored["count"],
+                **{f"difference_{key}": difference.get(key) for key in ("mean", "low", "high")},
+            }
+            file.append({**common, "metric": metric, **_plain(row)})
+            for video, value in scored["per_video"].items():
+                row = {"video": video, "value": value}
+                file.append({**common, "metric": metric, **_plain(row)})
+    return file.path
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no nan."""
+    return {
+        key: str(value) if isinstance(value, float) and math.isinf(value) else
+        None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in row.items()
+    }  # fmt: skip
+
+
+def _validation(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    columns = {"validation loss ↓": "val_loss", "attention error ↓": "attention_error"}
+    return {
+        title: {label: entry[key] for label, entry in found.items() if key in entry}
+        for title, key in columns.items()
+        if any(key in entry for entry in found.values())
+    }
+
+
+def _require_all(scores: Mapping[str, Mapping[str, Any]]) -> None:
+    missing = {
+        name: entry["not_available"]
+        for report in list(scores.values())[1:] or scores.values()
+        for name, entry in report["metrics"].items()
+        if "not_available" in entry
+    }
+    if missing:
+        listing = "\n".join(f"  {name}: {why}" for name, why in missing.items())
+        raise RunError(f"eval.require is true and these metrics are not available:\n{listing}")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

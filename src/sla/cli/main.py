@@ -113,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(evaluate)
     evaluate.add_argument("--weights", type=Path, help="model.safetensors; default: the newest")
     evaluate.add_argument("--out", type=Path, help="folder to write")
+    evaluate.add_argument("--record", action="store_true", help="keep the scores under results/")
     evaluate.set_defaults(run=_evaluate)
 
     tables = commands.add_parser("tables", help="write README.md's tables from results/")
@@ -236,7 +237,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from sla.cli.evaluate import evaluate
 
-    evaluate(options.config, options.overrides, options.weights, options.out)
+    evaluate(options.config, options.overrides, options.weights, options.out, record=options.record)
 
 
 def _tables(options: argparse.Namespace) -> int:

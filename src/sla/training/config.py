@@ -226,6 +226,44 @@ class RouterConfig:
 
 
 @dataclass
+class EvalConfig:
+    """What `make eval` generates and measures.
+
+    Attributes:
+        methods: attention methods beside full attention, whose videos are the reference; empty
+            takes the config's own.
+        weights: model file of each method that has been fine-tuned; the config's own method takes
+            its run's. Others are measured with the pretrained weights, and are labelled so.
+        prompts: file of prompts, or `builtin`, or `vbench` (`sla_eval.prompts`); empty takes
+            `sampling.prompts`, or validation captions.
+        num_prompts: how many of a file's prompts to take, evenly over the list; 0 for all.
+        metrics: names of metrics, or `all`.
+        require: fail if a metric is not available.
+        weights_dir: folder of the metrics' networks; empty for the default one.
+        workers: processes that score on a CPU, threads that decode on a GPU; null chooses.
+        validation: measure validation loss and attention error too.
+        reuse: keep videos that the same weights, prompt, seed and sampling have made before.
+    """
+
+    methods: list[str] = field(default_factory=list)
+    weights: dict[str, str] = field(default_factory=dict)
+    prompts: str = ""
+    num_prompts: int = 0
+    metrics: list[str] = field(default_factory=lambda: ["all"])
+    require: bool = False
+    weights_dir: str = ""
+    workers: int | None = None
+    validation: bool = True
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.num_prompts >= 0, "eval.num_prompts", self.num_prompts, ">= 0")
+        _require(bool(self.metrics), "eval.metrics", self.metrics, "['all'] or names of metrics")
+        given = self.workers
+        _require(given is None or given >= 0, "eval.workers", given, "null or >= 0")
+
+
+@dataclass
 class Experiment:
     """Everything that defines a run."""
 
@@ -242,3 +280,4 @@ class Experiment:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)

@@ -1,0 +1,226 @@
+"""Where weights are looked for, and what is said when they are missing or wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sla_eval import backbones
+from sla_eval.backbones import (
+    Backbone,
+    BackboneUnavailableError,
+    Source,
+    WeightFile,
+    available_backbones,
+    backbone_table,
+    load_backbone,
+    missing_backbone,
+    register_backbone,
+    weight_checksums,
+    weights_folder,
+)
+from sla_eval.metrics import FVD, AestheticQuality, MetricUnavailableError, metric_class
+from sla_eval.metrics.registry import available_metrics
+from torch import nn
+
+
+def load_linear(path: Path) -> nn.Module:
+    network = nn.Linear(2, 1)
+    network.load_state_dict(torch.load(path, weights_only=True))
+    return network
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "_BACKBONES", dict(backbones._BACKBONES))
+    monkeypatch.delenv("SLA_EVAL_WEIGHTS", raising=False)
+
+
+def register(sha256: str | None = None, package: str | None = None) -> None:
+    packages = {} if package is None else {package: f"pip install {package}"}
+    file = WeightFile("small.pth", "the shelf", sha256)
+    register_backbone(
+        Backbone("small", "A small network", (Source((file,), packages, load_linear),))
+    )
+
+
+def test_folder_is_the_argument_then_the_variable_then_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SLA_EVAL_WEIGHTS", raising=False)
+    assert weights_folder() == Path("weights")
+    monkeypatch.setenv("SLA_EVAL_WEIGHTS", "elsewhere")
+    assert weights_folder() == Path("elsewhere")
+    assert weights_folder("given") == Path("given")
+
+
+@pytest.mark.usefixtures("registry")
+def test_loads_what_is_there_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "small.pth"
+    torch.save(nn.Linear(2, 1).state_dict(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    register(sha256=digest[:8])
+    assert missing_backbone("small", tmp_path) is None
+    network = load_backbone("small", tmp_path)
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert weight_checksums("small", tmp_path) == {"small.pth": digest}
+    monkeypatch.setenv("SLA_EVAL_WEIGHTS", str(tmp_path))
+    assert missing_backbone("small") is None
+
+
+@pytest.mark.usefixtures("registry")
+def test_says_what_is_missing(tmp_path: Path) -> None:
+    register(package="no_such_package")
+    text = missing_backbone("small", tmp_path)
+    assert text is not None
+    assert "\n" not in text
+    for part in ("A small network", "pip install no_such_package", "small.pth", "the shelf"):
+        assert part in text
+    assert str(tmp_path) in text
+    for call in (load_backbone, weight_checksums):
+        with pytest.raises(BackboneUnavailableError, match="A small network is missing"):
+            call("small", tmp_path)
+
+
+@pytest.mark.usefixtures("registry")
+def test_another_file_of_the_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "small.pth"
+    torch.save(nn.Linear(2, 1).state_dict(), path)
+    register(sha256="0" * 64)
+    with pytest.raises(BackboneUnavailableError, match="is not the published file: its SHA-256"):
+        load_backbone("small", tmp_path)
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"weight": torch.zeros(1, 2)}, "Missing key"),
+        ({"weight": torch.zeros(1, 2), "bias": torch.zeros(1), "x": torch.zeros(1)}, "Unexpected"),
+        ({"weight": torch.zeros(1, 3), "bias": torch.zeros(1)}, "size mismatch"),
+        (b"not weights", "cannot load A small network"),
+    ],
+)
+def test_loading_is_strict(tmp_path: Path, content: object, reason: str) -> None:
+    path = tmp_path / "small.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    register()
+    with pytest.raises(BackboneUnavailableError, match=reason) as caught:
+        load_backbone("small", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("registry")
+def test_the_first_complete_source_is_taken(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 1).state_dict(), tmp_path / "b.pth")
+    sources = tuple(
+        Source((WeightFile(name, "the shelf"),), {}, load_linear) for name in ("a.pth", "b.pth")
+    )
+    register_backbone(Backbone("two", "Two ways", sources))
+    assert weight_checksums("two", tmp_path).keys() == {"b.pth"}
+    assert isinstance(load_backbone("two", tmp_path), nn.Linear)
+    text = missing_backbone("two", tmp_path / "empty")
+    assert text is not None
+    assert "a.pth" in text
+    assert "; or: b.pth" in text
+
+
+@pytest.mark.usefixtures("registry")
+def test_names_are_unique_and_known(tmp_path: Path) -> None:
+    register()
+    with pytest.raises(ValueError, match="'small' is registered"):
+        register()
+    with pytest.raises(ValueError, match="unknown backbone 'large'"):
+        missing_backbone("large", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [("torch", True), ("torch.nn", True), ("torch.no_such", False), ("no_such.thing", False)],
+)
+def test_packages_are_found_without_importing_them(name: str, there: bool) -> None:
+    assert backbones._has_package(name) is there
+
+
+def test_table_says_what_is_known_of_each_file() -> None:
+    table = backbone_table()
+    for name in available_backbones():
+        assert f"| {name} |" in table
+    assert "not known, not checked" in table
+    assert "6726825d… (beginning)" in table
+    for backbone in map(backbones.get_backbone, available_backbones()):
+        for file in (file for source in backbone.sources for file in source.files):
+            assert file.sha256 is None or len(file.sha256) in (8, 64)
+
+
+@pytest.mark.parametrize("name", available_metrics())
+def test_metrics_name_backbones_that_exist(name: str, tmp_path: Path) -> None:
+    cls = metric_class(name)
+    assert set(cls.backbones) <= set(available_backbones())
+    reason = cls.availability(tmp_path)
+    if any(f.path for b in cls.backbones for s in backbones.get_backbone(b).sources
+           for f in s.files):  # fmt: skip
+        assert reason is not None
+        assert "\n" not in reason
+        with pytest.raises(MetricUnavailableError):
+            cls(weights_dir=tmp_path)
+
+
+def test_aesthetic_head_loads_and_the_other_half_is_named(tmp_path: Path) -> None:
+    torch.save(nn.Linear(768, 1).state_dict(), tmp_path / "sa_0_4_vit_l_14_linear.pth")
+    assert load_backbone("laion_aesthetic", tmp_path)(torch.zeros(3, 768)).shape == (3, 1)
+    assert "CLIP ViT-L/14" in (AestheticQuality.availability(tmp_path) or "")
+
+
+def test_amt_is_built_from_a_copy_of_its_code_and_leaves_no_modules(tmp_path: Path) -> None:
+    networks = tmp_path / "AMT" / "networks"
+    networks.mkdir(parents=True)
+    (tmp_path / "AMT" / "utils").mkdir()
+    (tmp_path / "AMT" / "utils" / "halves.py").write_text("HALF = 0.5\n")
+    (networks / "AMT-S.py").write_text(
+        "import torch\n"
+        "from utils.halves import HALF\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self, corr_radius, corr_lvls, num_flows):\n"
+        "        super().__init__()\n"
+        "        self.gain = torch.nn.Parameter(torch.zeros(()))\n"
+        "    def forward(self, a, b, time, scale_factor, eval):\n"
+        "        assert (time == HALF).all() and scale_factor == 1.0 and eval\n"
+        "        return {'imgt_pred': self.gain * ((1 - time) * a + time * b)}\n"
+    )
+    torch.save({"state_dict": {"gain": torch.tensor(1.0)}}, tmp_path / "amt-s.pth")
+    before = set(sys.modules), list(sys.path)
+    network = load_backbone("amt_s", tmp_path)
+    assert not {m for m in set(sys.modules) - before[0] if m.split(".")[0] in ("networks", "utils")}
+    assert sys.path == before[1]
+    frames = torch.zeros(2, 3, 16, 16)
+    assert network(frames, frames + 1).eq(0.5).all()
+
+
+class ScriptedVideoNetwork(nn.Module):
+    """What the published TorchScript of I3D takes."""
+
+    def forward(
+        self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool
+    ) -> torch.Tensor:
+        if rescale or resize or not return_features:
+            raise RuntimeError("the videos are prepared")
+        return x.mean(dim=(2, 3, 4)).repeat(1, 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_i3d_runs_as_torchscript(tmp_path: Path) -> None:
+    torch.jit.script(ScriptedVideoNetwork()).save(tmp_path / "i3d_torchscript.pt")
+    metric = FVD(weights_dir=tmp_path)
+    assert metric.name == "fvd"
+    for level in (0, 51):
+        video = torch.full((10, 3, 16, 16), level, dtype=torch.uint8)
+        metric.update(video, video + 51)
+    assert metric.compute().item() == pytest.approx(6 * 0.4**2, abs=1e-5)
