@@ -19,6 +19,7 @@ import importlib.util
 import json
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,16 +292,16 @@ register_backbone(
 )
 
 
-class ClipBackbone(nn.Module):
+class ClipBackbone(nn.Module, ABC):
     """What the CLIP metrics call: images and texts to features of one space."""
 
+    @abstractmethod
     def encode_image(self, images: Tensor) -> Tensor:
         """Features (N, D) of normalised images (N, 3, 224, 224)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Features (N, D) of texts; what is longer than the context is cut off."""
-        raise NotImplementedError
 
 
 class OpenClip(ClipBackbone):

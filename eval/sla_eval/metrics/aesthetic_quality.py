@@ -10,13 +10,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import BatchedNetworkMetric
 from sla_eval.metrics.registry import register_metric
-from sla_eval.preprocessing import check_batch_size, check_rgb, chunks, vbench_clip_frames
+from sla_eval.preprocessing import check_rgb, chunks, vbench_clip_frames
 
 
 @register_metric
-class AestheticQuality(VideoMetric):
+class AestheticQuality(BatchedNetworkMetric):
     """LAION's aesthetic score of the frames.
 
     Formula: mean over frames of (w . f_t / |f_t| + b) / 10, with f_t the image feature of CLIP
@@ -59,12 +59,10 @@ class AestheticQuality(VideoMetric):
         backbone: Any = None,
         head: Callable[[Tensor], Tensor] | None = None,
         weights_dir: str | os.PathLike[str] | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.batch_size = check_batch_size(batch_size)
-        self.backbone: Any = self._load("clip_vit_l14") if backbone is None else backbone
+        super().__init__(backbone, weights_dir, batch_size, **kwargs)
         self.head: Any = self._load("laion_aesthetic") if head is None else head
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from sla_eval.backbones import BackboneUnavailableError, load_backbone, missing_backbone
+from sla_eval.preprocessing import check_batch_size
 
 
 class MetricUnavailableError(RuntimeError):
@@ -170,6 +171,48 @@ class VideoMetric(EvalMetric):
         if not len(self.values):  # a list, or one tensor once gathered over processes
             raise ValueError(f"{self.name} has scored no video")
         return dim_zero_cat(self.values)
+
+
+class NetworkMetric(VideoMetric):
+    """A `VideoMetric` that runs a network, the first of its `backbones`.
+
+    Args:
+        backbone: the network; None loads the one of the definition.
+        weights_dir: see `sla_eval.backbones`.
+
+    Raises:
+        MetricUnavailableError: the network cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        backbone: Any = None,
+        weights_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(weights_dir, **kwargs)
+        self.backbone: Any = self._load(self.backbones[0]) if backbone is None else backbone
+
+
+class BatchedNetworkMetric(NetworkMetric):
+    """A `NetworkMetric` whose network takes several frames, or pairs of frames, at a time.
+
+    Args:
+        batch_size: how many; no score depends on it.
+    """
+
+    default_batch_size: ClassVar[int] = 16
+
+    def __init__(
+        self,
+        backbone: Any = None,
+        weights_dir: str | os.PathLike[str] | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        size = check_batch_size(self.default_batch_size if batch_size is None else batch_size)
+        super().__init__(backbone, weights_dir, **kwargs)
+        self.batch_size = size
 
 
 class VideoSetMetric(EvalMetric):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import NetworkMetric
 from sla_eval.metrics.registry import register_metric
 from sla_eval.preprocessing import check_rgb
 
 
 @register_metric
-class Brisque(VideoMetric):
+class Brisque(NetworkMetric):
     """Blind quality of the frames, from statistics of natural scenes.
 
     Formula: mean over frames of the BRISQUE of the package `brisque` with its own support vector
@@ -46,15 +42,6 @@ class Brisque(VideoMetric):
     value_range = (-math.inf, math.inf)
     source = "Mittal et al. 2012, of the package brisque"
     backbones = ("brisque",)
-
-    def __init__(
-        self,
-        backbone: Callable[[np.ndarray], float] | None = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.backbone: Any = self._load("brisque") if backbone is None else backbone
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:
         check_rgb(video)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import BatchedNetworkMetric
 from sla_eval.metrics.registry import register_metric
-from sla_eval.preprocessing import check_batch_size, check_rgb, chunks, clip_frames
+from sla_eval.preprocessing import check_rgb, chunks, clip_frames
 
 
 @register_metric
-class ClipScore(VideoMetric):
+class ClipScore(BatchedNetworkMetric):
     """How well the frames agree with the prompt, by CLIP.
 
     Formula: mean over frames of 100 max(0, cos(CLIP(frame), CLIP(prompt))), with CLIP ViT-L/14 of
@@ -56,17 +53,6 @@ class ClipScore(VideoMetric):
     needs_prompt = True
     source = "CLIPScore (arXiv 2104.08718), as torchmetrics; CLIP ViT-L/14 of OpenAI"
     backbones = ("clip_vit_l14",)
-
-    def __init__(
-        self,
-        backbone: Any = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        batch_size: int = 16,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.batch_size = check_batch_size(batch_size)
-        self.backbone: Any = self._load("clip_vit_l14") if backbone is None else backbone
 
     def score(self, video: Tensor, reference: Tensor | None, *, prompt: str) -> float:
         check_rgb(video)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any
+from abc import abstractmethod
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
-from sla_eval.preprocessing import check_batch_size, check_rgb, chunks
+from sla_eval.metrics.base import BatchedNetworkMetric
+from sla_eval.preprocessing import check_rgb, chunks
 
 
-class FeatureConsistency(VideoMetric):
+class FeatureConsistency(BatchedNetworkMetric):
     """Mean similarity of each frame's feature with those of the first and the previous frame.
 
     A subclass names its backbone and implements `features`.
@@ -27,20 +25,9 @@ class FeatureConsistency(VideoMetric):
     higher_is_better = True
     value_range = (0.0, 1.0)
 
-    def __init__(
-        self,
-        backbone: Callable[..., Any] | None = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        batch_size: int = 16,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.batch_size = check_batch_size(batch_size)
-        self.backbone: Any = self._load(self.backbones[0]) if backbone is None else backbone
-
+    @abstractmethod
     def features(self, frames: Tensor) -> Tensor:
         """Features (N, D) of uint8 frames (N, 3, H, W)."""
-        raise NotImplementedError
 
     def weight(self, video: Tensor) -> float:
         """VBench's mean is over the frames of all videos: a longer one counts more."""

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import NetworkMetric
 from sla_eval.metrics.registry import register_metric
 from sla_eval.preprocessing import check_rgb
 
 
 @register_metric
-class DoverScore(VideoMetric):
+class DoverScore(NetworkMetric):
     """Quality of a video as people would judge it, technical and aesthetic together.
 
     Formula: 1 / (1 + exp(-x)), x = 0.6104 (t - 0.1107) / 0.07355 + 0.3896 (a - 0.08285) / 0.03774,
@@ -45,15 +41,6 @@ class DoverScore(VideoMetric):
     value_range = (0.0, 1.0)
     source = "DOVER (arXiv 2211.04894), evaluate_one_video.py --fusion"
     backbones = ("dover",)
-
-    def __init__(
-        self,
-        backbone: Callable[[Tensor], tuple[float, float]] | None = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.backbone: Any = self._load("dover") if backbone is None else backbone
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:
         check_rgb(video)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import BatchedNetworkMetric
 from sla_eval.metrics.registry import register_metric
-from sla_eval.preprocessing import check_batch_size, check_rgb, pad_to_multiple
+from sla_eval.preprocessing import check_rgb, pad_to_multiple
 
 
 @register_metric
-class DynamicDegree(VideoMetric):
+class DynamicDegree(BatchedNetworkMetric):
     """Whether a video moves: 1 or 0; the mean is the share of videos that do.
 
     Formula: of each pair of consecutive frames, the mean length of the longest 5 % of RAFT's flow
@@ -51,18 +47,8 @@ class DynamicDegree(VideoMetric):
     value_range = (0.0, 1.0)
     needs_fps = True
     source = "VBench (arXiv 2311.17982), dynamic_degree.py; RAFT"
+    default_batch_size = 1
     backbones = ("raft",)
-
-    def __init__(
-        self,
-        backbone: Callable[[Tensor, Tensor], Tensor] | None = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        batch_size: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.batch_size = check_batch_size(batch_size)
-        self.backbone: Any = self._load("raft") if backbone is None else backbone
 
     def score(self, video: Tensor, reference: Tensor | None, *, fps: float) -> float:
         check_rgb(video)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -83,9 +84,9 @@ class FrechetMetric(VideoSetMetric):
         self.add_state("features_list", default=[], dist_reduce_fx="cat")
         self.add_state("reference_features_list", default=[], dist_reduce_fx="cat")
 
+    @abstractmethod
     def features(self, video: Tensor) -> Tensor:
         """Features (n, D) of a uint8 video (T, 3, H, W)."""
-        raise NotImplementedError
 
     def add(self, video: Tensor, is_reference: bool) -> None:
         features = self.features(video.to(self.device)).float()

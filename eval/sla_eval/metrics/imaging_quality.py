@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import NetworkMetric
 from sla_eval.metrics.registry import register_metric
 from sla_eval.preprocessing import check_rgb
 
@@ -17,7 +13,7 @@ _LONGEST = 512  # pixels
 
 
 @register_metric
-class ImagingQuality(VideoMetric):
+class ImagingQuality(NetworkMetric):
     """MUSIQ's judgement of the frames: noise, blur, exposure.
 
     Formula: mean over frames of MUSIQ(frame) / 100.
@@ -49,15 +45,6 @@ class ImagingQuality(VideoMetric):
     value_range = (0.0, 1.0)
     source = "VBench (arXiv 2311.17982), imaging_quality.py; MUSIQ-SPAQ of pyiqa"
     backbones = ("musiq_spaq",)
-
-    def __init__(
-        self,
-        backbone: Callable[[Tensor], Tensor] | None = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.backbone: Any = self._load("musiq_spaq") if backbone is None else backbone
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:
         check_rgb(video)

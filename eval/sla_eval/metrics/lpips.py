@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import BatchedNetworkMetric
 from sla_eval.metrics.registry import register_metric
-from sla_eval.preprocessing import check_batch_size, check_rgb, chunks
+from sla_eval.preprocessing import check_rgb, chunks
 
 _SMALLEST = 32  # pixels; below, AlexNet's last layers have none
 
 
 @register_metric
-class LPIPS(VideoMetric):
+class LPIPS(BatchedNetworkMetric):
     """Distance from the reference video in the features of AlexNet, frame by frame.
 
     Formula: sum over layers of the mean over positions of w_l . (f_l - g_l)^2, with f and g the
@@ -51,17 +48,6 @@ class LPIPS(VideoMetric):
     needs_reference = True
     source = "Zhang et al. 2018 (arXiv 1801.03924), AlexNet, heads of torchmetrics"
     backbones = ("lpips_alex",)
-
-    def __init__(
-        self,
-        backbone: Callable[[Tensor, Tensor], Tensor] | None = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        batch_size: int = 16,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.batch_size = check_batch_size(batch_size)
-        self.backbone: Any = self._load("lpips_alex") if backbone is None else backbone
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:
         assert reference is not None  # checked by update

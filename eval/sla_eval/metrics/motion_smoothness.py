@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import BatchedNetworkMetric
 from sla_eval.metrics.registry import register_metric
-from sla_eval.preprocessing import check_batch_size, check_rgb, pad_to_multiple
+from sla_eval.preprocessing import check_rgb, pad_to_multiple
 
 
 @register_metric
-class MotionSmoothness(VideoMetric):
+class MotionSmoothness(BatchedNetworkMetric):
     """How well each second frame is predicted from its neighbours by frame interpolation.
 
     Formula: (255 - mean |frame_{2k+1} - interpolated_{2k+1}|) / 255 over pixels, colours and k,
@@ -50,18 +46,8 @@ class MotionSmoothness(VideoMetric):
     higher_is_better = True
     value_range = (0.0, 1.0)
     source = "VBench (arXiv 2311.17982), motion_smoothness.py; AMT-S"
+    default_batch_size = 1
     backbones = ("amt_s",)
-
-    def __init__(
-        self,
-        backbone: Callable[[Tensor, Tensor], Tensor] | None = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        batch_size: int = 1,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.batch_size = check_batch_size(batch_size)
-        self.backbone: Any = self._load("amt_s") if backbone is None else backbone
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:
         check_rgb(video)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import NetworkMetric
 from sla_eval.metrics.registry import register_metric
 from sla_eval.preprocessing import check_rgb, middle_frames, vbench_clip_frames
 
 
 @register_metric
-class OverallConsistency(VideoMetric):
+class OverallConsistency(NetworkMetric):
     """How well a video agrees with its prompt, by ViCLIP.
 
     Formula: cos(ViCLIP(video), ViCLIP(prompt)).
@@ -53,15 +50,6 @@ class OverallConsistency(VideoMetric):
     needs_prompt = True
     source = "VBench (arXiv 2311.17982), overall_consistency.py; ViCLIP-L/14"
     backbones = ("viclip",)
-
-    def __init__(
-        self,
-        backbone: Any = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.backbone: Any = self._load("viclip") if backbone is None else backbone
 
     def score(self, video: Tensor, reference: Tensor | None, *, prompt: str) -> float:
         check_rgb(video)

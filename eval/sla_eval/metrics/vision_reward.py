@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-from typing import Any
 
 from torch import Tensor
 
-from sla_eval.metrics.base import VideoMetric
+from sla_eval.metrics.base import NetworkMetric
 from sla_eval.metrics.registry import register_metric
 from sla_eval.preprocessing import check_rgb
 
@@ -16,7 +14,7 @@ _MOST_FRAMES = 24
 
 
 @register_metric
-class VisionRewardScore(VideoMetric):
+class VisionRewardScore(NetworkMetric):
     """What a language model that sees the video answers to a list of questions about it.
 
     Formula: mean over the questions of weight_q * (1 if the answer is yes else -1).
@@ -55,15 +53,6 @@ class VisionRewardScore(VideoMetric):
     needs_fps = True
     source = "VisionReward (arXiv 2412.21059), inference-video.py"
     backbones = ("vision_reward",)
-
-    def __init__(
-        self,
-        backbone: Any = None,
-        weights_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(weights_dir, **kwargs)
-        self.backbone: Any = self._load("vision_reward") if backbone is None else backbone
 
     def score(self, video: Tensor, reference: Tensor | None, *, prompt: str, fps: float) -> float:
         check_rgb(video)
