@@ -69,8 +69,7 @@ class CogVideoXProcessor(MethodProcessor):
             key = attn.norm_k(key)
         if rotary is not None:
             query, key = (_rotate_video(x, length, rotary) for x in (query, key))
-        attended = self.attend(query, key, value, joint, context)
-        output = attended.transpose(1, 2).flatten(2, 3)
+        output = self.attend(query, key, value, joint, context)
         output = attn.to_out[0](output)
         output = attn.to_out[1](output)
         return output[:, length:], output[:, :length]

@@ -77,14 +77,13 @@ class HunyuanVideoProcessor(MethodProcessor):
         query = _rotate(_normed(attn.norm_q, query), rotary)
         key = _rotate(_normed(attn.norm_k, key), rotary)
         text_query, text_key = _normed(text_norms[0], text_query), _normed(text_norms[1], text_key)
-        attended = self.attend(
+        output = self.attend(
             torch.cat([text_query, query], dim=1).transpose(1, 2),
             torch.cat([text_key, key], dim=1).transpose(1, 2),
             torch.cat([text_value, value], dim=1).transpose(1, 2),
             torch.cat([text, hidden_states], dim=1),
             context,
         )
-        output = attended.transpose(1, 2).flatten(2, 3).to(query.dtype)
         video, text = output[:, length:], output[:, :length]
         if getattr(attn, "to_out", None) is not None:
             video = attn.to_out[1](attn.to_out[0](video))

@@ -89,6 +89,9 @@ class MethodProcessor(nn.Module, abc.ABC):
     ) -> Tensor:
         """The method on (B, H, N, D), any strides, with (B, N, dim) hidden states.
 
+        Returns:
+            (B, N, H D), the heads joined, dtype of `query`.
+
         Raises:
             UnsupportedAttentionError: the tokens are not those of the grid, or the method refuses.
         """
@@ -100,7 +103,7 @@ class MethodProcessor(nn.Module, abc.ABC):
                 "sequence split over devices, or are there tokens that the adapter does not know?"
             )
         output: Tensor = self.method(query, key, value, replace(context, hidden_states=hidden))
-        return output
+        return output.transpose(1, 2).flatten(2, 3).type_as(query)
 
     def carried(self, value: Any) -> CarriedContext:
         """The rotary embedding and context that came in its place.

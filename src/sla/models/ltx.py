@@ -44,14 +44,13 @@ class LTXProcessor(MethodProcessor):
         query = apply_rotary_emb(attn.norm_q(attn.to_q(hidden_states)), rotary).unflatten(2, heads)
         key = apply_rotary_emb(attn.norm_k(attn.to_k(hidden_states)), rotary).unflatten(2, heads)
         value = attn.to_v(hidden_states).unflatten(2, heads)
-        attended = self.attend(
+        output = self.attend(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
             hidden_states,
             context,
         )
-        output = attended.transpose(1, 2).flatten(2, 3).to(query.dtype)
         output = attn.to_out[0](output)
         output = attn.to_out[1](output)
         return output

@@ -129,14 +129,13 @@ class WanProcessor(MethodProcessor):
         query = _rotate(attn.norm_q(query).unflatten(2, heads), *rotary)
         key = _rotate(attn.norm_k(key).unflatten(2, heads), *rotary)
         value = value.unflatten(2, heads)
-        attended = self.attend(
+        output = self.attend(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
             hidden_states,
             context,
         )
-        output = attended.transpose(1, 2).flatten(2, 3).type_as(query)
         output = attn.to_out[0](output)
         output = attn.to_out[1](output)
         return output
