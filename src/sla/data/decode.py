@@ -1,29 +1,26 @@
 """Decoding for training: only the frames needed, resampled in time, resized on the way.
 
-PyAV does it, not decord. Damaged files make decord crash (417 of 26,000 spoiled at random bytes
-ended the process; PyAV decoded or refused each of 49,000), and a crash takes the loader's worker
-with it. The pixels are the same, and so is the speed, with one colour converter for all frames of a
-file and no threads. PyAV also gives each frame's time stamp, which a variable frame rate needs, and
-its rotation.
+PyAV does it, not decord. Some damaged files make decord crash, and a crash takes the loader's
+worker with it; PyAV decodes or refuses them. The pixels are the same, and with one colour converter
+for all frames of a file and no threads the speed is close (`python -m sla.benchmark data`). PyAV
+also gives each frame's time stamp, which a variable frame rate needs, and its rotation.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sla.data.video import Frames, VideoError, VideoSource, resize_crop
+from sla.data.video import Frames, VideoError, VideoSource, check_source, resize_crop
 
 # Containers of video alone: pictures, playlists and scripts, through which a file could name other
 # files or addresses, are refused whatever the file's ending says.
@@ -305,26 +302,9 @@ def shown_size(source: VideoSource) -> tuple[int, int]:
 
 def _target(source: VideoSource) -> tuple[str, Any]:
     """Name for messages and what PyAV opens, or VideoError."""
-    if isinstance(source, io.BytesIO):
-        size = source.getbuffer().nbytes
-        name = f"<{size} bytes in memory>"
-        source.seek(0)
-        target: Any = source
-    else:
-        name = os.fspath(source)
-        try:
-            path = Path(source)
-            if path.is_dir():
-                raise VideoError(name, "it is a folder")
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise VideoError(name, "no such file") from None
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-            raise VideoError(name, str(error)) from None
-        target = f"file:{name}"  # a colon in the name is no protocol
-    if size == 0:
-        raise VideoError(name, "the file is empty")
-    return name, target
+    name = check_source(source)
+    # A colon in the name is no protocol.
+    return name, source if isinstance(source, io.BytesIO) else f"file:{name}"
 
 
 def _errors() -> tuple[type[Exception], ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -16,6 +15,7 @@ from typing import Any
 
 from sla.data.decode import VideoFile
 from sla.data.video import VIDEO_SUFFIXES, VideoError
+from sla.files import stable_number
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +124,7 @@ class FaultLog:
 def validation_by_hash(clip_id: str, fraction: float) -> bool:
     """Whether a clip without a stated split validates: by its name alone, so that adding clips to a
     folder never moves another clip from one split to the other."""
-    number = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8], "big")
-    return number < fraction * 2**64
+    return stable_number(clip_id) < fraction * 2**64
 
 
 def load_clips(

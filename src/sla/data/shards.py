@@ -17,7 +17,6 @@ count, which is all that planning needs.
 from __future__ import annotations
 
 import glob
-import hashlib
 import io
 import json
 import logging
@@ -43,7 +42,7 @@ from tqdm import tqdm
 from sla.data.decode import shown_size
 from sla.data.manifest import DataError
 from sla.data.video import VIDEO_SUFFIXES, VideoError
-from sla.files import atomic_path, sha256, write_text
+from sla.files import atomic_path, sha256, stable_number, write_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -672,8 +671,7 @@ def plan_shards(
         validates = np.ones(number, dtype=bool)
         if url not in val_urls:
             share = 0.0 if val_urls else val_fraction
-            seed = int.from_bytes(hashlib.sha256(names[url].encode()).digest()[:8], "big")
-            validates = np.random.default_rng(seed).random(number) < share
+            validates = np.random.default_rng(stable_number(names[url])).random(number) < share
         for shards, chosen in ((train, ~validates), (val, validates)):
             members = np.flatnonzero(chosen)
             if len(members):

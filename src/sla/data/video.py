@@ -62,8 +62,12 @@ def _name(source: VideoSource) -> str:
     return os.fspath(source)
 
 
-def _open(source: VideoSource) -> Any:
-    """A decord VideoReader of `source` with at least one frame, or VideoError."""
+def check_source(source: VideoSource) -> str:
+    """Name of a source for messages; bytes in memory are rewound.
+
+    Raises:
+        VideoError: there is nothing to decode.
+    """
     name = _name(source)
     if isinstance(source, io.BytesIO):
         size = source.getbuffer().nbytes
@@ -80,6 +84,12 @@ def _open(source: VideoSource) -> Any:
             raise VideoError(name, str(error)) from None
     if size == 0:
         raise VideoError(name, "the file is empty")
+    return name
+
+
+def _open(source: VideoSource) -> Any:
+    """A decord VideoReader of `source` with at least one frame, or VideoError."""
+    name = check_source(source)
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)  # faults are reported once, by our own errors
