@@ -241,6 +241,11 @@ def sample_counts(
     return torch.stack([key_blocks, chosen, skipped], dim=1)
 
 
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums over a tensor are taken in: float64 for float64, float32 for everything else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def pool_blocks(tensor: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
     """Mean over the tokens of each block; a short last block over its real tokens (Section 4.1).
 
@@ -253,7 +258,7 @@ def pool_blocks(tensor: Tensor, block: int, lengths: Tensor | None = None) -> Te
     Returns:
         (B, H, T, D), float64 for float64 and float32 for everything else.
     """
-    accurate = tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    accurate = tensor.to(accumulation_dtype(tensor))
     tokens = tensor.shape[2]
     if lengths is not None:
         # Filled, not multiplied by zero: padding may hold anything, NaN too.

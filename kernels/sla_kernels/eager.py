@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sla_kernels.block_map import MARGINAL, BlockMap, past_length
+from sla_kernels.block_map import MARGINAL, BlockMap, accumulation_dtype, past_length
 from sla_kernels.feature_maps import FeatureMap
 
 # Numbers in the largest temporary of a chunk. On a CPU a chunk should stay near the caches, on a
@@ -56,7 +56,7 @@ def rounded_weights_branch(
     A row's weights are exp(score - its highest score) * 448; `low_bit` says what it is for. No
     gradients. Padding keys and values must be finite.
     """
-    accurate = _accumulation_dtype(query)
+    accurate = accumulation_dtype(query)
     queries = _blocks(query, block_map.block_q, accurate)
     keys = _blocks(key, block_map.block_kv, accurate)
     values = _blocks(value, block_map.block_kv, accurate)
@@ -82,7 +82,7 @@ def linear_branch(
     feature_map: FeatureMap,
 ) -> Tensor:
     """O^l, as `reference.linear_branch`, in the accumulation dtype; padding as `sparse_branch`."""
-    accurate = _accumulation_dtype(query)
+    accurate = accumulation_dtype(query)
     padding = None
     if block_map is not None and block_map.key_lengths is not None:
         padding = _padding(block_map.key_lengths, key)
@@ -123,7 +123,7 @@ class _SparseBranch(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float
     ) -> tuple[Tensor, Tensor]:
-        accurate = _accumulation_dtype(query)
+        accurate = accumulation_dtype(query)
         queries = _blocks(query, block_map.block_q, accurate)
         keys = _blocks(key, block_map.block_kv, accurate)
         values = _blocks(value, block_map.block_kv, accurate)
@@ -147,7 +147,7 @@ class _SparseBranch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, result, log_sum_exp = ctx.saved_tensors
         block_map, scale = ctx.block_map, ctx.scale
-        accurate = _accumulation_dtype(query)
+        accurate = accumulation_dtype(query)
         queries = _blocks(query, block_map.block_q, accurate)
         keys = _blocks(key, block_map.block_kv, accurate)
         values = _blocks(value, block_map.block_kv, accurate)
@@ -346,10 +346,6 @@ def _safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """numerator / denominator, zero where the denominator is zero."""
     empty = denominator == 0
     return (numerator / denominator.masked_fill(empty, 1.0)).masked_fill(empty, 0.0)
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _chunk_size(tensor: Tensor) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sla.models.testing import open_branches, tiny_text_config
+from sla.models.testing import open_branches, tiny_text_config, write_tiny_umt5
 from sla.models.text import (
     ByteTextEncoder,
     ByteTextEncoderConfig,
@@ -98,32 +98,10 @@ def test_encoders_meet_the_protocol(encoder):
 @pytest.fixture(scope="module")
 def umt5_folder(tmp_path_factory):
     """A tiny random UMT5 with a word-level tokenizer, laid out as Wan's repository."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    words = ["<pad>", "</s>", "<unk>", "a", "red", "ball", "rolls"]
-    core = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
-    )
-    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    core.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    config = transformers.UMT5Config(
-        vocab_size=len(words),
-        d_model=24,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=3,
-        is_encoder_decoder=False,
-    )
-    torch.manual_seed(0)
+    pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
     folder = tmp_path_factory.mktemp("umt5")
-    transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    write_tiny_umt5(folder)
     return folder
 
 

@@ -227,6 +227,12 @@ class VSAConfig(AttentionConfig):
         frames, height, width = _sizes("cube", self.cube, 3)
         self.cube = (frames, height, width)
 
+    @property
+    def block(self) -> int:
+        """Tokens in a block of the kernels: those of a cube, rounded up to a power of two."""
+        frames, height, width = self.cube
+        return 1 << (frames * height * width - 1).bit_length()
+
 
 @dataclass
 class VMoBAConfig(AttentionConfig):

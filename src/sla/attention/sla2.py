@@ -29,7 +29,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sla_kernels import BlockMap, get_feature_map, linear_attention, sparse_attention
-from sla_kernels.block_map import CRITICAL, MARGINAL, block_counts, num_blocks, pool_blocks
+from sla_kernels.block_map import (
+    CRITICAL,
+    MARGINAL,
+    accumulation_dtype,
+    block_counts,
+    num_blocks,
+    pool_blocks,
+)
 from sla_kernels.low_bit import low_bit_sparse_attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -212,7 +219,7 @@ class SLA2Attention(BlockSparseAttention):
         tokens = query.shape[2]
         if rows is None:
             rows = torch.arange(num_blocks(tokens, self.config.block_q), device=query.device)
-        accurate = torch.float64 if query.dtype == torch.float64 else torch.float32
+        accurate = accumulation_dtype(query)
         with torch.autocast(query.device.type, enabled=False):
             key = self._smoothed(key)
             mask = self._soft_mask(query, key, context, critical, tau, straight_through, rows)

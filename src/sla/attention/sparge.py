@@ -13,6 +13,7 @@ from sla_kernels import BlockMap, sparse_attention
 from sla_kernels.block_map import (
     CRITICAL,
     NEGLIGIBLE,
+    accumulation_dtype,
     block_counts,
     fraction_of,
     num_blocks,
@@ -126,7 +127,7 @@ class SpargeAttention(AttentionMethod):
         if smooth:
             # Of the keys' similarity only: to the scores it would add a constant in each row, which
             # softmax takes out again.
-            tensor = _accurate(tensor)
+            tensor = tensor.to(accumulation_dtype(tensor))
             tensor = tensor - tensor.mean(dim=2, keepdim=True)
         return self_similarity(tensor, block) < threshold
 
@@ -197,8 +198,5 @@ def self_similarity(tensor: Tensor, block: int) -> Tensor:
     Returns:
         (B, H, ceil(N / block)), float64 for float64 and float32 for everything else.
     """
-    return pool_blocks(F.normalize(_accurate(tensor), dim=-1), block).square().sum(dim=-1)
-
-
-def _accurate(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    unit = F.normalize(tensor.to(accumulation_dtype(tensor)), dim=-1)
+    return pool_blocks(unit, block).square().sum(dim=-1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-
 from sla_kernels import BlockMap, classify_blocks, sparse_attention
+from sla_kernels.block_map import block_counts, num_blocks
 from torch import Tensor
 
 from sla.attention.config import BlockSparseConfig, SparseOnlyConfig
@@ -60,9 +59,9 @@ class BlockSparseAttention(AttentionMethod):
     def blocks(self, grid: Grid) -> tuple[int, int, int]:
         """(T_m, T_n, critical blocks of a row) for one sample of this grid."""
         tokens = tokens_of(grid)
-        t_m = math.ceil(tokens / self.config.block_q)
-        t_n = math.ceil(tokens / self.config.block_kv)
-        return t_m, t_n, max(1, math.floor(self.config.critical * t_n + 1e-6))
+        t_m = num_blocks(tokens, self.config.block_q)
+        t_n = num_blocks(tokens, self.config.block_kv)
+        return t_m, t_n, block_counts(self.config.critical, 0.0, t_n)[0]
 
     def density(self, grid: Grid) -> float:
         _, t_n, critical = self.blocks(grid)

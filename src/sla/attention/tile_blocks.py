@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from sla_kernels.block_map import accumulation_dtype
 from torch import Tensor, nn
 
 from sla.attention.interface import (
@@ -70,8 +71,7 @@ class TileBlocks:
 
         float64 for float64, float32 for everything else.
         """
-        accurate = torch.promote_types(spread.dtype, torch.float32)
-        sums = spread.unflatten(2, (-1, self.slots)).sum(3, dtype=accurate)
+        sums = spread.unflatten(2, (-1, self.slots)).sum(3, dtype=accumulation_dtype(spread))
         return sums / self.lengths[:, None]
 
 

@@ -9,6 +9,7 @@ import math
 
 import torch
 from sla_kernels import BlockMap, sparse_attention
+from sla_kernels.block_map import block_counts
 from torch import Tensor, nn
 
 from sla.attention.config import VSAConfig
@@ -126,9 +127,7 @@ class VSAAttention(AttentionMethod):
     def _blocks(self, query: Tensor, context: AttentionContext) -> TileBlocks:
         assert context.grid is not None
         cube = self.config.cube
-        # A power of two, as the kernels take it: cubes of 3 x 5 x 4 have 60 tokens in blocks of 64.
-        block = 1 << (math.prod(cube) - 1).bit_length()
-        return tile_blocks(context.grid, cube, context.tile, block, query)
+        return tile_blocks(context.grid, cube, context.tile, self.config.block, query)
 
     def _scores(self, blocks: TileBlocks, query: Tensor, key: Tensor) -> Tensor:
         """Scaled scores of the cubes, (B, H, C, C), from the tokens in their slots."""
@@ -170,7 +169,7 @@ class VSAAttention(AttentionMethod):
         return scores.item() / (critical.shape[0] * critical.shape[1] * query.shape[2] ** 2)
 
     def _chosen(self, cubes: int) -> int:
-        return max(1, math.floor(self.config.critical * cubes + 1e-6))
+        return block_counts(self.config.critical, 0.0, cubes)[0]
 
     def density(self, grid: Grid) -> float:
         """Of the cubes. By tokens, where cubes at the far ends are smaller, it depends on which

@@ -75,8 +75,7 @@ class Arm:
         """Queries and keys in a block of its sparse branch."""
         config: Any = self.config
         if isinstance(config, VSAConfig):
-            block = 1 << (math.prod(config.cube) - 1).bit_length()
-            return block, block
+            return config.block, config.block
         return getattr(config, "block_q", 64), getattr(config, "block_kv", 64)
 
 
