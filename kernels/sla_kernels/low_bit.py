@@ -223,8 +223,9 @@ def _ignored_keys(block_map: BlockMap) -> Tensor | None:
 def _scales(largest: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and their inverses of blocks with these largest magnitudes."""
     largest = largest.masked_fill(largest < _SMALLEST, FP8_MAX)
-    # A number over a tensor would be PyTorch's product with the reciprocal, one rounding more.
-    return largest / FP8_MAX, torch.full_like(largest, FP8_MAX) / largest
+    # With a number on either side PyTorch multiplies by a reciprocal, one rounding more (on a GPU).
+    highest = torch.full_like(largest, FP8_MAX)
+    return largest / highest, highest / largest
 
 
 def _of_tokens(scales: Tensor, block: int, tokens: int) -> Tensor:
