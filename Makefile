@@ -24,6 +24,10 @@ RESUME ?=
 RECORD ?=
 CKPT ?=
 OUT ?=
+PROMPT ?=
+PROMPTS ?=
+# One word for the shell, whatever is in it.
+quoted = '$(subst ','\'',$(1))'
 config = $(or $(CONFIG),$(CONFIG_$@))
 resume = $(if $(RESUME),run.resume=$(RESUME))
 record = $(if $(RECORD),--record)
@@ -57,9 +61,9 @@ pretrain: $(ENVIRONMENT) ## train the demo model with full attention (for a GPU)
 finetune: $(ENVIRONMENT) ## fine-tune with SLA from the shipped weights: CONFIG= ARGS= RESUME=
 	$(PY) -m sla finetune $(record) --config $(config) $(resume) $(ARGS)
 
-generate: $(ENVIRONMENT) ## write a video: PROMPT="..." CKPT= CONFIG= OUT= ARGS=
-	@test -n "$(PROMPT)" || { echo 'usage: make generate PROMPT="what the video shows" [CKPT=model.safetensors]' >&2; exit 2; }
-	$(PY) -m sla generate --config $(config) --prompt "$(PROMPT)" $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
+generate: $(ENVIRONMENT) ## write videos: PROMPT="..." or PROMPTS=file, CKPT= CONFIG= OUT= ARGS=
+	@test -n $(call quoted,$(PROMPT)$(PROMPTS)) || { echo 'usage: make generate PROMPT="what the video shows" [CKPT=model.safetensors], or PROMPTS=file with a prompt a line' >&2; exit 2; }
+	$(PY) -m sla generate --config $(config) $(if $(PROMPT),--prompt=$(call quoted,$(PROMPT))) $(if $(PROMPTS),--prompts $(PROMPTS)) $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 eval: $(ENVIRONMENT) ## measure against full attention: CKPT= CONFIG= ARGS="eval.methods=[sla,sparse_only]"
 	$(PY) -m sla eval $(record) --config $(config) $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)

@@ -12,7 +12,7 @@ import pytest
 
 from sla.benchmark import eval as throughput
 from sla.benchmark.__main__ import main as benchmark
-from sla.cli import evaluate
+from sla.cli import evaluate, videos
 from sla.cli.main import main
 from sla.config import load_experiment
 from sla.figures.quality import COLUMNS, QUALITY
@@ -104,13 +104,13 @@ def test_a_second_call_makes_only_what_is_missing(
     config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[tuple[str, int]] = []
-    plain = evaluate.sample_videos
+    plain = videos.sample_videos
 
     def counting(experiment, module, prompts, *more):  # type: ignore[no-untyped-def]
         made.append((experiment.attention.name, experiment.sampling.seed))
         return plain(experiment, module, prompts, *more)
 
-    monkeypatch.setattr(evaluate, "sample_videos", counting)
+    monkeypatch.setattr(videos, "sample_videos", counting)
     before = {path: path.read_bytes() for path in out.glob("*/*.mp4")}
     table = (out / "table.csv").read_text()
     files = sorted((out / "sla-not-fine-tuned").glob("*.mp4"))

@@ -6,15 +6,11 @@ takes those that would come out the same; so an interrupted call goes on where i
 
 from __future__ import annotations
 
-import dataclasses
 import gc
-import json
 import math
-import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +26,19 @@ from sla_eval.report import (
 from sla_eval.tables import Table, difference_table, method_table
 from tqdm import tqdm
 
-from sla.cli import weights
+from sla.cli import videos, weights
 from sla.cli.data import ensure
 from sla.cli.quiet import quiet_lightning
 from sla.config import ConfigError, load_experiment
 from sla.data.module import VideoDataModule
-from sla.data.video import write_video
 from sla.figures import quality
-from sla.files import file_sha256, write_text
+from sla.files import file_sha256
 from sla.flops import CASES
 from sla.models.checkpoint import read_header
 from sla.results import RESULTS, ResultsFile, provenance
 from sla.training.build import build_data, sampling_device
 from sla.training.config import Experiment
-from sla.training.run import default_prompts, sample_videos
+from sla.training.run import default_prompts
 from sla.training.run import evaluate as measure
 from sla.training.run_folder import RunError
 
@@ -108,7 +103,7 @@ def evaluate(
 
     report: dict[str, Any] = {"provenance": provenance(experiment.sampling.seed), "methods": {}}
     found: dict[str, dict[str, Any]] = report["methods"]
-    videos: dict[str, list[Path]] = {}
+    made: dict[str, list[Path]] = {}
     prompts: list[str] = []
     data: VideoDataModule | None = None
     for method in methods:
@@ -126,14 +121,14 @@ def evaluate(
                 f"{measured.error:.4f}",
                 flush=True,
             )
-        videos[method.label] = generate(method, loaded, prompts, out / method.folder)
+        made[method.label] = generate(method, loaded, prompts, out / method.folder)
         del loaded
         gc.collect()  # two models at a time would be one too many for large ones
 
     report["prompts"] = prompts
     reference = methods[0]
     if prompts:
-        scores = score(methods, videos, prompts, experiment, classes)
+        scores = score(methods, made, prompts, experiment, classes)
         differences = {
             method.label: paired_differences(scores[method.label], scores[reference.label])
             for method in methods[1:]
@@ -183,7 +178,7 @@ def choose_methods(
     own = experiment.attention.name
     start = weights.pretrained(experiment)
     first = f"{read_header(start).attention.name} (reference)"
-    methods = [Method(first, _slug(first), start, experiment)]
+    methods = [Method(first, videos.slug(first), start, experiment)]
     names = list(dict.fromkeys(experiment.eval.methods or [own]))
     unused = experiment.eval.weights.keys() - set(names)
     if unused:
@@ -203,14 +198,14 @@ def choose_methods(
                 continue  # as the reference
             print(f"{name}: no fine-tuned weights; measuring it swapped in, without fine-tuning")
             label = f"{name} (not fine-tuned)"
-            methods.append(Method(label, _slug(label), start, its_experiment, swapped=True))
+            methods.append(Method(label, videos.slug(label), start, its_experiment, swapped=True))
             continue
         if not its_path.is_file():
             raise RunError(f"no weights {its_path} of {name}")
         held = read_header(its_path).attention.name
         if held != name and its_path != path:
             raise RunError(f"{its_path} is to be {name}'s, but holds a model with {held} attention")
-        methods.append(Method(held, _slug(held), its_path, its_experiment))
+        methods.append(Method(held, videos.slug(held), its_path, its_experiment))
     return methods
 
 
@@ -231,87 +226,34 @@ def generate(
     experiment = loaded.experiment
     device = sampling_device(experiment.trainer)
     digest = file_sha256(method.path)
-    files, missing = [], []
+    wanted = []
     for i, prompt in enumerate(prompts):
         seed = experiment.sampling.seed + i
-        file = folder / f"{seed:05d}-{_slug(prompt)[:48] or 'empty'}.mp4"
-        files.append(file)
-        made_of = _made_of(method, experiment, prompt, seed, digest, device)
-        if not (experiment.eval.reuse and is_made(file, made_of)):
-            missing.append((file, prompt, seed, made_of))
-    if len(missing) < len(files):
-        print(f"{method.label}: {len(files) - len(missing)} videos are there already")
-    if not missing:
-        return files
-    module = loaded.module.to(device)
-    label = f"{method.label}: {len(missing)} videos"
-    for file, prompt, seed, made_of in tqdm(missing, label, file=sys.stderr):
-        one = replace(experiment, sampling=replace(experiment.sampling, seed=seed))
-        start = time.perf_counter()
-        video = sample_videos(one, module, [prompt])[0]
-        seconds = time.perf_counter() - start
-        # The sidecar comes last: where it is, the video is whole and of these settings.
-        file.with_suffix(".json").unlink(missing_ok=True)
-        write_video(file, video, experiment.sampling.fps)
-        sidecar = {
-            "prompt": prompt,
-            "seed": seed,
-            "weights": str(method.path),
-            "attention": dataclasses.asdict(experiment.attention),
-            "sampling": dataclasses.asdict(one.sampling),
-            "sampling_seconds": round(seconds, 2),
-            "made_of": made_of,
-            "video_sha256": file_sha256(file),
-            "provenance": provenance(seed),
-        }
-        write_text(file.with_suffix(".json"), json.dumps(sidecar, indent=2) + "\n")
-    return files
-
-
-def _made_of(
-    method: Method,
-    experiment: Experiment,
-    prompt: str,
-    seed: int,
-    digest: str,
-    device: torch.device,
-) -> dict[str, Any]:
-    """What a video follows from, apart from the code: two that agree in this are the same."""
-    sampling, data = experiment.sampling, experiment.data
-    values = {
-        "prompt": prompt,
-        "seed": seed,
-        "weights_sha256": digest,
-        "swapped_with_seed": experiment.run.seed if method.swapped else None,
-        "attention": dataclasses.asdict(experiment.attention),
-        "autoencoder": dataclasses.asdict(experiment.autoencoder),
-        "text_encoder": dataclasses.asdict(experiment.text_encoder),
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "shift": experiment.flow.shift,
-        "fps": sampling.fps,
-        "size": [data.num_frames, data.height, data.width],
-        "device": device.type,
-    }
-    return dict(json.loads(json.dumps(values)))  # as a file gives it back
-
-
-def is_made(file: Path, made_of: Mapping[str, Any]) -> bool:
-    """Whether a video is there, whole, and of these settings, by the JSON file beside it."""
-    try:
-        sidecar = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        return (
-            isinstance(sidecar, dict)
-            and sidecar.get("made_of") == made_of
-            and sidecar.get("video_sha256") == file_sha256(file)
+        wanted.append(
+            videos.describe(
+                folder / f"{seed:05d}-{videos.slug(prompt)[:48] or 'empty'}.mp4",
+                experiment,
+                prompt,
+                seed,
+                weights_sha256=digest,
+                device=device,
+                swapped=method.swapped,
+            )
         )
-    except (OSError, ValueError):
-        return False
+    reuse = experiment.eval.reuse
+    missing = [video for video in wanted if not (reuse and videos.is_made(video))]
+    if len(missing) < len(wanted):
+        print(f"{method.label}: {len(wanted) - len(missing)} videos are there already")
+    if missing:
+        module = loaded.module.to(device)
+        for video in tqdm(missing, f"{method.label}: {len(missing)} videos", file=sys.stderr):
+            videos.make(video, module, method.path)
+    return [video.file for video in wanted]
 
 
 def score(
     methods: Sequence[Method],
-    videos: Mapping[str, Sequence[Path]],
+    made: Mapping[str, Sequence[Path]],
     prompts: Sequence[str],
     experiment: Experiment,
     classes: Mapping[str, Any],
@@ -324,7 +266,7 @@ def score(
         dimensions = {p.text: p.dimensions for p in read_prompts(config.prompts)}
     scores = {}
     for method in methods:
-        files = videos[method.label]
+        files = made[method.label]
         seeds = range(experiment.sampling.seed, experiment.sampling.seed + len(files))
         named = {
             file.name: Prompt(text, dimensions.get(text, ()), seed)
@@ -332,7 +274,7 @@ def score(
         }
         scores[method.label] = score_files(
             files,
-            None if method is reference else videos[reference.label],
+            None if method is reference else made[reference.label],
             classes,
             prompts=named,
             workers=config.workers,
@@ -426,7 +368,3 @@ def _require_all(scores: Mapping[str, Mapping[str, Any]]) -> None:
     if missing:
         listing = "\n".join(f"  {name}: {why}" for name, why in missing.items())
         raise RunError(f"eval.require is true and these metrics are not available:\n{listing}")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -102,11 +102,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(router)
     router.set_defaults(run=_router)
 
-    generate = commands.add_parser("generate", help="write a video of a prompt")
+    generate = commands.add_parser("generate", help="write videos of prompts")
     _add_config(generate)
-    generate.add_argument("--prompt", required=True, help="what the video shows")
+    given = generate.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", help="what the video shows")
+    given.add_argument(
+        "--prompts", metavar="FILE", help="a prompt a line, or JSON, or 'builtin' or 'vbench'"
+    )
     generate.add_argument("--weights", type=Path, help="model.safetensors; default: the newest")
-    generate.add_argument("--out", type=Path, help="mp4 to write")
+    generate.add_argument(
+        "--out", type=Path, help="mp4 to write, or with --prompts the folder to write"
+    )
     generate.set_defaults(run=_generate)
 
     evaluate = commands.add_parser("eval", help="measure a model")
@@ -231,7 +237,14 @@ def _config(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from sla.cli.generate import generate
 
-    generate(options.config, options.overrides, options.prompt, options.weights, options.out)
+    generate(
+        options.config,
+        options.overrides,
+        options.weights,
+        options.out,
+        prompt=options.prompt,
+        prompts=options.prompts,
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -9,14 +9,14 @@ from sla.diffusion.flow_matching import (
     sample_generator,
     shift_sigma,
 )
-from sla.diffusion.sampling import ModelFunction, euler_sigmas, sample
+from sla.diffusion.sampling import ModelFunction, Scheduler, sample
 
 __all__ = [
     "TIMESTEPS",
     "FlowMatching",
     "ModelFunction",
     "SampleNoise",
-    "euler_sigmas",
+    "Scheduler",
     "per_sample_noise",
     "per_sample_uniform",
     "sample",

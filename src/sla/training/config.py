@@ -13,6 +13,7 @@ from sla.data.latents import LatentsConfig
 from sla.data.module import DataConfig
 from sla.models.autoencoders import AutoencoderConfig
 from sla.models.dit import DiTConfig
+from sla.models.schedulers import SCHEDULERS
 from sla.models.text import ByteTextEncoderConfig, TextEncoderConfig
 
 
@@ -160,8 +161,11 @@ class SamplingConfig:
     Attributes:
         prompts: captions to sample; empty takes the first `num_prompts` validation captions.
         num_prompts: how many validation captions to take.
-        steps: Euler steps.
+        scheduler: `euler`, or `unipc` (second order), as Wan2.1 samples.
+        steps: steps of the scheduler; the network runs once a step.
         guidance: classifier-free guidance scale; 1 for none.
+        batched_guidance: run the network once on the prompt and the empty caption together; false
+            runs it twice a step, with half the memory for activations.
         seed: seed of the first prompt's noise; prompt i has seed + i.
         every: sample to TensorBoard every n training steps; 0 only at the end.
         fps: frames per second of the files written.
@@ -169,13 +173,17 @@ class SamplingConfig:
 
     prompts: list[str] = field(default_factory=list)
     num_prompts: int = 2
+    scheduler: str = "euler"
     steps: int = 16
     guidance: float = 3.0
+    batched_guidance: bool = True
     seed: int = 0
     every: int = 0
     fps: int = 8
 
     def __post_init__(self) -> None:
+        known = self.scheduler in SCHEDULERS
+        _require(known, "sampling.scheduler", self.scheduler, f"one of {', '.join(SCHEDULERS)}")
         _require(self.steps >= 1, "sampling.steps", self.steps, ">= 1")
         _require(self.fps >= 1, "sampling.fps", self.fps, ">= 1")
         _require(self.num_prompts >= 0, "sampling.num_prompts", self.num_prompts, ">= 0")

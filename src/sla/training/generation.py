@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,8 +13,29 @@ from sla.data.video import to_frames
 from sla.diffusion.flow_matching import FlowMatching
 from sla.diffusion.sampling import sample
 from sla.models.dit import VideoDiT
+from sla.models.schedulers import build_scheduler
 from sla.models.text import TextEncoder
 from sla.training.config import SamplingConfig
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """Wall time of a video's stages in seconds, each until the device was done with it.
+
+    Attributes:
+        text_encoding: of the prompt, and of the empty caption where guidance needs it.
+        steps: of each denoising step, guidance and the scheduler's own work included.
+        decoding: of the autoencoder (if there is one), and of the way to uint8 on the CPU.
+    """
+
+    text_encoding: float
+    steps: tuple[float, ...]
+    decoding: float
+
+    @property
+    def denoising(self) -> float:
+        """All denoising steps."""
+        return sum(self.steps)
 
 
 @torch.no_grad()
@@ -26,6 +48,7 @@ def generate_videos(
     shape: tuple[int, int, int, int],
     progress: Callable[[int, int], None] | None = None,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    timings: Callable[[StageSeconds], None] | None = None,
 ) -> np.ndarray:
     """Sample one video a prompt, each from a seed of its own.
 
@@ -38,23 +61,32 @@ def generate_videos(
         progress: called with (steps done, steps in all).
         decode: the autoencoder's, latents (1, C, T, H, W) to pixels (1, 3, T', H', W'); None for a
             model of pixels.
+        timings: called after each video, in order.
 
     Returns:
         uint8 (prompts, T, H, W, C), of pixels.
     """
     device = next(model.parameters()).device
-    videos: list[np.ndarray] = []
+    clock = _Clock(device)
 
-    def step_done(video: int, done: int, steps: int) -> None:
-        if progress is not None:
-            progress(video * steps + done, len(prompts) * steps)
-
-    for i, prompt in enumerate(prompts):
+    def generate(i: int, prompt: str) -> np.ndarray:
         generator = torch.Generator().manual_seed(config.seed + i)
         noise = torch.randn(1, *shape, generator=generator).to(device)
+        scheduler = build_scheduler(config.scheduler, flow.shift, config.steps, device)
+        clock.lap()
         # A frozen encoder may be on another device.
         text, text_mask = (t.to(device) for t in text_encoder.encode([prompt]))
-        null_text, null_mask = (t.to(device) for t in text_encoder.encode([""]))
+        null_text, null_mask = None, None
+        if config.guidance != 1.0:
+            null_text, null_mask = (t.to(device) for t in text_encoder.encode([""]))
+        text_encoding = clock.lap()
+        steps: list[float] = []
+
+        def step_done(done: int, total: int) -> None:
+            steps.append(clock.lap())
+            if progress is not None:
+                progress(i * total + done, len(prompts) * total)
+
         video = sample(
             model.forward,  # as it is: compiling for these shapes would take longer than sampling
             noise,
@@ -62,13 +94,33 @@ def generate_videos(
             text_mask,
             null_text,
             null_mask,
-            steps=config.steps,
-            shift=flow.shift,
+            scheduler=scheduler,
             guidance=config.guidance,
-            progress=partial(step_done, i),
+            batched_guidance=config.batched_guidance,
+            progress=step_done,
         )
-        videos.append(to_frames((video if decode is None else decode(video))[0]))
+        frames = to_frames((video if decode is None else decode(video))[0])
+        if timings is not None:
+            timings(StageSeconds(text_encoding, tuple(steps), decoding=clock.lap()))
+        return frames
+
+    videos = [generate(i, prompt) for i, prompt in enumerate(prompts)]
     if not videos:
         channels, frames, height, width = shape
         return np.empty((0, frames, height, width, channels), dtype=np.uint8)
     return np.stack(videos)
+
+
+class _Clock:
+    """Seconds between laps; on a GPU a lap ends when the device has done what it was given."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last

@@ -35,7 +35,7 @@ from sla.training.build import (
 )
 from sla.training.callbacks import SampleVideos, log_videos
 from sla.training.config import Experiment
-from sla.training.generation import generate_videos
+from sla.training.generation import StageSeconds, generate_videos
 from sla.training.module import DiffusionModule
 from sla.training.router import load_router
 from sla.training.run_folder import RunError, RunFolder, is_rank_zero, open_run
@@ -293,10 +293,12 @@ def sample_videos(
     module: DiffusionModule,
     prompts: list[str],
     progress: Callable[[int, int], None] | None = None,
+    timings: Callable[[StageSeconds], None] | None = None,
 ) -> np.ndarray:
     """Videos of the prompts, uint8 (prompts, T, H, W, C), on the module's device.
 
-    On a GPU in bf16 autocast. `progress` is called with (steps done, steps in all).
+    On a GPU in bf16 autocast. `progress` is called with (steps done, steps in all), `timings`
+    after each video.
     """
     training = module.training
     module.eval()
@@ -313,6 +315,7 @@ def sample_videos(
                 _video_shape(experiment)[1:],
                 progress,
                 load_autoencoder(experiment.autoencoder).to(module.device).decode,
+                timings,
             )
     finally:
         module.train(training)
