@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sla.attention import AttentionConfig, attention_config_class
+from sla.models.families import family
+from sla.models.video_model import ModelConfig
 from sla.training.config import Experiment
 
 INCLUDE = "include"
@@ -41,7 +43,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """
     values = _read_yaml(Path(path), ())
     override_values = _read_overrides(overrides)
-    _drop_other_methods_numbers(values, override_values)
+    _drop_others_numbers("attention", _attention_class, values, override_values)
+    _drop_others_numbers("model", _model_class, values, override_values)
     try:
         merged = OmegaConf.merge(values, override_values)
     except OmegaConfBaseException as error:
@@ -94,17 +97,22 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"cannot read overrides {list(overrides)}: {error}") from error
 
 
-def _drop_other_methods_numbers(values: DictConfig, overrides: DictConfig) -> None:
+def _drop_others_numbers(
+    section_name: str,
+    class_of: Callable[[Any], type],
+    values: DictConfig,
+    overrides: DictConfig,
+) -> None:
     """Let `attention.name=full` work on a file written for another method.
 
     Numbers that the file gives its own method and the new one does not have are left out; numbers
     that the overrides give are never dropped.
     """
-    name = OmegaConf.select(overrides, "attention.name")
-    section = OmegaConf.select(values, "attention")
+    name = OmegaConf.select(overrides, f"{section_name}.name")
+    section = OmegaConf.select(values, section_name)
     if name is None or section is None or section.get("name") == name:
         return
-    fields = {field.name for field in dataclasses.fields(_attention_class(name))}
+    fields = {field.name for field in dataclasses.fields(class_of(name))}
     for key in list(section):
         if key not in fields:
             del section[key]
@@ -117,14 +125,23 @@ def _attention_class(name: Any) -> type[AttentionConfig]:
         raise ConfigError(str(error)) from error
 
 
+def _model_class(name: Any) -> type[ModelConfig]:
+    try:
+        return family(name).config_class
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _to_experiment(values: DictConfig, source: str) -> Experiment:
     attention_class = _attention_class(
         OmegaConf.select(values, "attention.name", default=AttentionConfig.name)
     )
-    _check_keys(values, Experiment, "", {"attention": attention_class})
+    model_class = _model_class(OmegaConf.select(values, "model.name", default=ModelConfig.name))
+    _check_keys(values, Experiment, "", {"attention": attention_class, "model": model_class})
     try:
         schema = OmegaConf.structured(Experiment)
         schema.attention = OmegaConf.structured(attention_class)
+        schema.model = OmegaConf.structured(model_class)
         experiment = OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or _misfit(schema, values)

@@ -16,6 +16,7 @@ from sla.cli import evaluate, videos
 from sla.cli.main import main
 from sla.config import load_experiment
 from sla.figures.quality import COLUMNS, QUALITY
+from sla.files import file_sha256
 from sla.flops import CASES
 from sla.models.checkpoint import save_model
 from sla.training.build import build_networks
@@ -139,7 +140,7 @@ def test_unreadable_videos_are_listed(config: Path, tmp_path: Path) -> None:
     broken.write_bytes(b"not a video" * 100)
     sidecar = broken.with_suffix(".json")
     values = json.loads(sidecar.read_text())
-    values["video_sha256"] = evaluate.file_sha256(broken)
+    values["video_sha256"] = file_sha256(broken)
     sidecar.write_text(json.dumps(values))
     assert main(arguments) == 0
     scores = json.loads((tmp_path / "sla-not-fine-tuned.json").read_text())["scores"]

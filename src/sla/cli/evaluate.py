@@ -32,9 +32,8 @@ from sla.cli.quiet import quiet_lightning
 from sla.config import ConfigError, load_experiment
 from sla.data.module import VideoDataModule
 from sla.figures import quality
-from sla.files import file_sha256
 from sla.flops import CASES
-from sla.models.checkpoint import read_header
+from sla.models.families import family
 from sla.results import RESULTS, ResultsFile, provenance
 from sla.training.build import build_data, sampling_device
 from sla.training.config import Experiment
@@ -177,7 +176,8 @@ def choose_methods(
     """
     own = experiment.attention.name
     start = weights.pretrained(experiment)
-    first = f"{read_header(start).attention.name} (reference)"
+    files = family(experiment.model.name)
+    first = f"{files.stored_attention(start).name} (reference)"
     methods = [Method(first, videos.slug(first), start, experiment)]
     names = list(dict.fromkeys(experiment.eval.methods or [own]))
     unused = experiment.eval.weights.keys() - set(names)
@@ -200,9 +200,9 @@ def choose_methods(
             label = f"{name} (not fine-tuned)"
             methods.append(Method(label, videos.slug(label), start, its_experiment, swapped=True))
             continue
-        if not its_path.is_file():
+        if not its_path.exists():
             raise RunError(f"no weights {its_path} of {name}")
-        held = read_header(its_path).attention.name
+        held = files.stored_attention(its_path).name
         if held != name and its_path != path:
             raise RunError(f"{its_path} is to be {name}'s, but holds a model with {held} attention")
         methods.append(Method(held, videos.slug(held), its_path, its_experiment))
@@ -225,7 +225,7 @@ def generate(
     """The videos of the prompts, made or found; beside each a JSON file says what made it."""
     experiment = loaded.experiment
     device = sampling_device(experiment.trainer)
-    digest = file_sha256(method.path)
+    digest = family(experiment.model.name).digest(method.path)
     wanted = []
     for i, prompt in enumerate(prompts):
         seed = experiment.sampling.seed + i
@@ -245,6 +245,7 @@ def generate(
     if len(missing) < len(wanted):
         print(f"{method.label}: {len(wanted) - len(missing)} videos are there already")
     if missing:
+        family(experiment.model.name).for_inference(loaded.module.model, device)
         module = loaded.module.to(device)
         for video in tqdm(missing, f"{method.label}: {len(missing)} videos", file=sys.stderr):
             videos.make(video, module, method.path)

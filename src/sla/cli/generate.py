@@ -13,7 +13,8 @@ from sla.cli import videos, weights
 from sla.cli.quiet import quiet_lightning
 from sla.config import ConfigError, load_experiment
 from sla.data.video import VIDEO_SUFFIXES
-from sla.files import file_sha256, sha256
+from sla.files import sha256
+from sla.models.families import family
 from sla.training.build import sampling_device
 
 
@@ -67,7 +68,7 @@ def generate(
             folder / f"{i:04d}-{_short(text)}-{loaded.name}-{experiment.sampling.seed + i}.mp4"
             for i, text in enumerate(texts)
         ]
-    digest = file_sha256(path)
+    digest = family(experiment.model.name).digest(path)
     wanted = [
         videos.describe(
             file,
@@ -89,6 +90,7 @@ def generate(
                 flush=True,
             )
     if missing:
+        family(experiment.model.name).for_inference(loaded.module.model, device)
         module = loaded.module.to(device)
         total = len(missing) * experiment.sampling.steps
         with tqdm(total=total, unit="step", file=sys.stderr) as bar:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sla.models.checkpoint import load_model
+from sla.models.families import RANDOM, family
 from sla.models.text import ByteTextEncoder
 from sla.training.build import build_module, load_text_encoder
 from sla.training.config import Experiment
@@ -35,23 +35,26 @@ class Loaded:
 
 def newest(experiment: Experiment) -> Path | None:
     """Weights of the run that the config names, or None before it has finished."""
-    path = Path(experiment.run.dir) / experiment.run.name / "model.safetensors"
-    return path if path.is_file() else None
+    folder = Path(experiment.run.dir) / experiment.run.name
+    return family(experiment.model.name).exported(folder)
 
 
 def pretrained(experiment: Experiment) -> Path:
-    """The weights that the config starts from.
+    """The local path of the weights that the config starts from, fetched from a hub if need be.
 
     Raises:
-        RunError: the config names none, or they are not there.
+        RunError: the config names none, or they are not there; says what would do.
     """
-    path = Path(experiment.run.init_weights)
-    if not experiment.run.init_weights or not path.is_file():
+    source = experiment.run.init_weights
+    if not source or source == RANDOM:
         raise RunError(
-            f"run.init_weights is {experiment.run.init_weights!r}, which is no file; give weights "
-            "with CKPT=model.safetensors, or make some with `make pretrain`"
+            f"run.init_weights is {source!r}, which is no file; give weights with CKPT=, or name "
+            "pretrained ones in the config"
         )
-    return path
+    try:
+        return family(experiment.model.name).locate(experiment.model, source)
+    except FileNotFoundError as error:
+        raise RunError(str(error)) from error
 
 
 def load(experiment: Experiment, path: Path, *, swap: bool = False) -> Loaded:
@@ -61,25 +64,27 @@ def load(experiment: Experiment, path: Path, *, swap: bool = False) -> Loaded:
         swap: use the config's attention instead, its own parameters at their initial values.
 
     Raises:
-        RunError: no such file.
-        CheckpointError: not one of our files, or damaged.
+        RunError: no such file, or no text encoder for it.
+        CheckpointError: not one of the family's files, or damaged.
     """
-    if not path.is_file():
+    if not path.exists():
         raise RunError(f"no weights {path}")
-    loaded = load_model(path, attention=experiment.attention if swap else None)
-    text_encoder = loaded.text_encoder or load_text_encoder(
+    restored = family(experiment.model.name).restore(
+        experiment.model, path, experiment.attention if swap else None
+    )
+    text_encoder = restored.text_encoder or load_text_encoder(
         experiment.text_encoder, experiment.text
     )
-    if loaded.text_encoder is None and isinstance(text_encoder, ByteTextEncoder):
+    if restored.text_encoder is None and isinstance(text_encoder, ByteTextEncoder):
         raise RunError(
             f"{path} holds no text encoder; name the frozen one that it was trained with "
             "(text_encoder.name, text_encoder.source)"
         )
     experiment = replace(
         experiment,
-        model=loaded.header.model,
-        text=loaded.header.text or experiment.text,
-        attention=loaded.model.attention_config,
+        model=restored.config,
+        text=restored.text or experiment.text,
+        attention=restored.model.attention_config,
     )
-    module = build_module(experiment, loaded.model, text_encoder).eval()
+    module = build_module(experiment, restored.model, text_encoder).eval()
     return Loaded(experiment.attention.name, path, module, experiment)

@@ -27,16 +27,17 @@ from torch.utils.checkpoint import checkpoint
 
 from sla.attention import AttentionConfig, AttentionContext, AttentionMethod, build_attention
 from sla.attention.token_order import raster_order, tile_order
+from sla.models.video_model import Grid, ModelConfig, VideoModel, check_grid
 
-Grid = tuple[int, int, int]
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, (N, 1, head_dim / 2), float32
 
 
 @dataclass
-class DiTConfig:
+class DiTConfig(ModelConfig):
     """Sizes of a `VideoDiT`.
 
     Attributes:
+        name: `dit`.
         in_channels: C, channels of the latents; 3 for pixels.
         patch_size: frames, height and width of the patch that becomes one token.
         hidden_size: M, width of a token.
@@ -52,6 +53,7 @@ class DiTConfig:
         ValueError: a size that no model can have; names the field and what is allowed.
     """
 
+    name: str = "dit"
     in_channels: int = 3
     patch_size: tuple[int, int, int] = (1, 4, 4)
     hidden_size: int = 192
@@ -102,19 +104,7 @@ class DiTConfig:
         Raises:
             ValueError: a dimension is not a positive multiple of the patch.
         """
-        frames, height, width = size[-3:]
-        patch_t, patch_h, patch_w = self.patch_size
-        for name, length, patch in (
-            ("frames", frames, patch_t),
-            ("height", height, patch_h),
-            ("width", width, patch_w),
-        ):
-            if length < 1 or length % patch:
-                raise ValueError(
-                    f"{name} of the latents is {length}; it must be a positive multiple of "
-                    f"{patch}, as patch_size is {self.patch_size}"
-                )
-        return frames // patch_t, height // patch_h, width // patch_w
+        return check_grid(size, self.patch_size)
 
 
 def patchify(latents: Tensor, patch_size: Grid) -> Tensor:
@@ -323,8 +313,8 @@ class Block(nn.Module):
         return (hidden + gate_mlp * self.mlp(normed)).type_as(hidden)
 
 
-class VideoDiT(nn.Module):
-    """Predicts the velocity of noisy video latents from the timestep and the text.
+class VideoDiT(VideoModel):
+    """The small video diffusion transformer.
 
     With initial weights the output is zero and each block is the identity.
 
@@ -333,10 +323,6 @@ class VideoDiT(nn.Module):
         attention_config: config of a registered attention method, used in every layer. Its `tile`
             is the order of the tokens inside; inputs and outputs are in raster order always.
 
-    Attributes:
-        activation_checkpointing: recompute each block in the backward pass to save memory;
-            changes nothing else. May be switched at any time.
-
     Raises:
         ValueError, TypeError: from `build_attention`, if the attention config cannot be used.
     """
@@ -344,7 +330,7 @@ class VideoDiT(nn.Module):
     def __init__(self, config: DiTConfig, attention_config: AttentionConfig) -> None:
         super().__init__()
         self.config = config
-        self.attention_config = attention_config
+        self._attention_config = attention_config
         self.activation_checkpointing = False
         dim, eps = config.hidden_size, config.norm_eps
         patch_channels = config.in_channels * math.prod(config.patch_size)
@@ -387,23 +373,10 @@ class VideoDiT(nn.Module):
             yield block
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Predict the velocity.
+        """As `VideoModel`.
 
         Works in the dtype of the weights, or under autocast; the modulation and the residual sums
         never run in less than the weights' precision.
-
-        Args:
-            latents: (B, C, T, H, W), floating; T, H and W multiples of the patch.
-            timestep: (B,) in [0, 1000], floating or integer.
-            text: text embeddings, (B, L, text_dim).
-            text_mask: (B, L) bool, True for real tokens; at least one in every sample.
-
-        Returns:
-            (B, C, T, H, W), dtype of `latents`.
-
-        Raises:
-            ValueError: a shape that does not fit; names it and what is allowed.
-            TypeError: `text_mask` is not bool.
         """
         grid = self._check(latents, timestep, text, text_mask)
         config = self.config
@@ -468,20 +441,28 @@ class VideoDiT(nn.Module):
             raise TypeError(f"text_mask is {text_mask.dtype}; it must be torch.bool")
         return config.grid(latents.shape)
 
+    def grid(self, size: Sequence[int]) -> Grid:
+        return self.config.grid(size)
+
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        return list(self.blocks)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return ("query", "key", "value", "output", "mlp.0", "mlp.2")
+
+    @property
+    def attention_config(self) -> AttentionConfig:
+        return self._attention_config
+
     def attention_modules(self) -> Iterator[AttentionMethod]:
-        """The self-attention method of every layer, first layer first."""
         for block in self._blocks():
             yield block.self_attention.method
 
     def set_attention(self, attention_config: AttentionConfig) -> None:
-        """Replace the self-attention method of every layer; all other weights stay as they are.
+        """As `VideoModel`; the token order becomes the config's too.
 
-        The new methods' own parameters are freshly initialised, on the model's device and in its
-        dtype (a method may keep some in float32); the token order becomes the config's. Build
-        optimisers after this, not before. If a method cannot be built, the model is unchanged.
-
-        Raises:
-            ValueError, TypeError: from `build_attention`.
+        If a method cannot be built, the model is unchanged.
         """
         config = self.config
         weight = self.patch_embedding.weight
@@ -495,4 +476,4 @@ class VideoDiT(nn.Module):
             method.to(device=weight.device, dtype=weight.dtype)
             method.train(block.training)
             block.self_attention.method = method
-        self.attention_config = attention_config
+        self._attention_config = attention_config

@@ -28,8 +28,8 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,9 @@ from sla.attention import (
     build_attention,
 )
 from sla.attention.interface import tokens_of
+
+if TYPE_CHECKING:
+    from sla.models.sequence_parallel import HeadExchange, SequenceShard
 
 AdapterT = TypeVar("AdapterT", bound="type[ModelAdapter]")
 
@@ -71,11 +74,16 @@ class MethodProcessor(nn.Module, abc.ABC):
     Args:
         method: the layer's method.
         original: the processor that it replaces.
+
+    Attributes:
+        exchange: how tokens are exchanged for heads, where `enable_sequence_parallel` has split
+            the tokens over ranks; else None.
     """
 
     def __init__(self, method: AttentionMethod, original: Any) -> None:
         super().__init__()
         self.method = method
+        self.exchange: HeadExchange | None = None
         # In a tuple: a module in there must not become a part of this one.
         self._original = (original,)
 
@@ -89,19 +97,25 @@ class MethodProcessor(nn.Module, abc.ABC):
     ) -> Tensor:
         """The method on (B, H, N, D), any strides, with (B, N, dim) hidden states.
 
+        With the tokens split over ranks, N is the number of this rank's, here and below.
+
         Returns:
             (B, N, H D), the heads joined, dtype of `query`.
 
         Raises:
             UnsupportedAttentionError: the tokens are not those of the grid, or the method refuses.
         """
-        grid, text = context.grid, context.always_critical
-        if grid is not None and hidden.shape[1] != text + tokens_of(grid):
+        grid, text, exchange = context.grid, context.always_critical, self.exchange
+        tokens = hidden.shape[1] * (1 if exchange is None else exchange.degree)
+        if grid is not None and tokens != text + tokens_of(grid):
             raise UnsupportedAttentionError(
-                f"layer {self.method.layer_index} has {hidden.shape[1]} tokens, but {text} of text "
+                f"layer {self.method.layer_index} has {tokens} tokens, but {text} of text "
                 f"and a grid of {' x '.join(map(str, grid))} are {text + tokens_of(grid)}: is the "
-                "sequence split over devices, or are there tokens that the adapter does not know?"
+                "sequence split over devices by other means than enable_sequence_parallel, or are "
+                "there tokens that the adapter does not know?"
             )
+        if exchange is not None:
+            return exchange.attend(query, key, value, hidden, context)
         output: Tensor = self.method(query, key, value, replace(context, hidden_states=hidden))
         return output.transpose(1, 2).flatten(2, 3).type_as(query)
 
@@ -166,6 +180,18 @@ class ModelAdapter(abc.ABC):
     def connect(self, transformer: nn.Module, config: AttentionConfig) -> list[RemovableHandle]:
         """Register the hooks that bring the context to the layers."""
 
+    def split_sequence(self, transformer: nn.Module, shard: SequenceShard) -> list[RemovableHandle]:
+        """Register the hooks that leave each rank its part of the tokens between the first and the
+        last layer; they run after those of `connect`. By default it refuses.
+
+        Raises:
+            UnsupportedAttentionError: there is no sequence parallelism for this model.
+        """
+        why = "it has its text in the sequence" if self.joint_text else "its adapter has none yet"
+        raise UnsupportedAttentionError(
+            f"no sequence parallelism for a {type(transformer).__name__}: {why}"
+        )
+
     def unsupported_reason(self, transformer: nn.Module, config: AttentionConfig) -> str | None:
         """Why the method cannot work in this model, or None."""
         if config.tile is not None and not self.can_reorder:
@@ -226,6 +252,8 @@ class _Injection:
 
     config: AttentionConfig
     handles: list[RemovableHandle]
+    # Of `ModelAdapter.split_sequence`.
+    splitting: list[RemovableHandle] = field(default_factory=list)
 
 
 def apply_attention(
@@ -302,9 +330,9 @@ def remove_attention(transformer: nn.Module, *, discard: bool = False) -> nn.Mod
             f"attention {injection.config.name!r} has trained parameters in {len(trained)} layers, "
             "which would be lost; keep them with save_attention, or give discard=True"
         )
-    for layer, processor in _processors(module):
+    for layer, processor in processors_of(module):
         layer.set_processor(processor.original)  # type: ignore[operator]
-    for handle in injection.handles:
+    for handle in [*injection.handles, *injection.splitting]:
         handle.remove()
     delattr(module, _STATE)
     del module.save_pretrained
@@ -313,7 +341,7 @@ def remove_attention(transformer: nn.Module, *, discard: bool = False) -> nn.Mod
 
 def attention_modules(transformer: nn.Module) -> Iterator[AttentionMethod]:
     """The method of every self-attention, first layer first; none before `apply_attention`."""
-    for _, processor in _processors(unwrap(transformer)):
+    for _, processor in processors_of(unwrap(transformer)):
         yield processor.method
 
 
@@ -326,7 +354,7 @@ def attention_config(transformer: nn.Module) -> AttentionConfig | None:
 @contextmanager
 def original_processors(transformer: nn.Module) -> Iterator[None]:
     """Within the block the transformer has its original processors and no parameter of ours."""
-    pairs = list(_processors(unwrap(transformer)))
+    pairs = list(processors_of(unwrap(transformer)))
     try:
         for layer, processor in pairs:
             layer.set_processor(processor.original)  # type: ignore[operator]
@@ -348,7 +376,8 @@ def injection_of(module: nn.Module) -> _Injection | None:
     return found
 
 
-def _processors(module: nn.Module) -> Iterator[tuple[nn.Module, MethodProcessor]]:
+def processors_of(module: nn.Module) -> Iterator[tuple[nn.Module, MethodProcessor]]:
+    """The layers that have a processor of ours, with it, first layer first."""
     if injection_of(module) is None:
         return
     for layer in adapter_of(module).attention_layers(module):

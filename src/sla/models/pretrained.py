@@ -282,7 +282,7 @@ def load_model(
             attention that does not fit (see `load_attention`).
         TypeError, ValueError: as `apply_attention`.
     """
-    folder = _local_folder(source, revision, subfolder)
+    folder = local_folder(source, revision, subfolder)
     model = _load_base(folder, dtype)
     if isinstance(attention, AttentionConfig):
         apply_attention(model, attention)
@@ -360,8 +360,17 @@ def _stored_dtype(folder: Path) -> torch.dtype | None:
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def _local_folder(source: Folder, revision: str | None, subfolder: str) -> Path:
-    """The local folder of the transformer's files, from the hub if need be."""
+def local_folder(source: Folder, revision: str | None, subfolder: str) -> Path:
+    """The local folder of the transformer's files, from the hub if need be.
+
+    Args:
+        source: hub id or local folder.
+        revision: branch, tag or commit on the hub.
+        subfolder: where in the source the transformer lies; a local folder may also be its own.
+
+    Raises:
+        FileNotFoundError: as `load_model`.
+    """
     name = os.fspath(source)
     path = Path(name)
     wanted = f"{subfolder}/" if subfolder else ""
@@ -468,6 +477,7 @@ __all__ = [
     "AttentionHeader",
     "load_attention",
     "load_model",
+    "local_folder",
     "read_attention",
     "save_attention",
     "save_model",

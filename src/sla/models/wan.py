@@ -6,8 +6,9 @@ width.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -25,41 +26,12 @@ from sla.models.injection import (
     per_sample,
     register_adapter,
 )
+from sla.models.wan_sizes import WAN_CONFIGS
+
+if TYPE_CHECKING:
+    from sla.models.sequence_parallel import SequenceShard
 
 Grid = tuple[int, int, int]
-
-_WAN_21: dict[str, Any] = {
-    "patch_size": (1, 2, 2),
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "eps": 1e-6,
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "rope_max_seq_len": 1024,
-}
-# `transformer/config.json` of Wan-AI/Wan2.1-T2V-1.3B-Diffusers and Wan-AI/Wan2.1-T2V-14B-Diffusers,
-# and one for tests.
-WAN_CONFIGS: dict[str, dict[str, Any]] = {
-    "1.3b": {**_WAN_21, "num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
-    "14b": {**_WAN_21, "num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
-    "tiny": {
-        **_WAN_21,
-        "num_attention_heads": 2,
-        "attention_head_dim": 16,
-        "num_layers": 2,
-        "ffn_dim": 64,
-        "in_channels": 4,
-        "out_channels": 4,
-        "text_dim": 16,
-        "freq_dim": 32,
-        "rope_max_seq_len": 64,
-    },
-}
 
 
 def build_wan(
@@ -92,11 +64,21 @@ def build_wan(
             model: Any = WanTransformer3DModel(**WAN_CONFIGS[size])
         finally:
             torch.set_default_dtype(default)
+    return cast_wan(model, dtype).eval()
+
+
+def cast_wan(model: Any, dtype: torch.dtype) -> Any:
+    """Cast the weights as `from_pretrained` does, in place; what Wan wants in float32 stays so.
+
+    Our methods' parameters stay as they are.
+    """
     kept = set(WanTransformer3DModel._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():
-        if kept & set(name.split(".")):
-            parameter.data = parameter.data.float()
-    return model.eval()
+        parts = set(name.split("."))
+        if "processor" in parts:
+            continue
+        parameter.data = parameter.data.to(torch.float32 if kept & parts else dtype)
+    return model
 
 
 class WanProcessor(MethodProcessor):
@@ -142,11 +124,15 @@ class WanProcessor(MethodProcessor):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs of (B, N, H, D) by angles given twice, (1, N, 1, D) float32."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)
+    """Turn neighbouring pairs of (B, N, H, D) by angles given twice, (1, N, 1, D) float32.
+
+    Written with the pairs' partners rather than with their halves stacked: Inductor fuses this with
+    the normalisation before it into one kernel that writes the result, and writes stacked halves to
+    memory in float32 first.
+    """
+    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    sign = torch.arange(x.shape[-1], device=x.device) % 2 * 2 - 1  # -1 for the first of a pair
+    return (x * cos + partner * (sin * sign)).type_as(x)
 
 
 @register_adapter("WanTransformer3DModel")
@@ -173,6 +159,9 @@ class WanAdapter(ModelAdapter):
     def connect(self, transformer: Any, config: AttentionConfig) -> list[RemovableHandle]:
         hooks = (RotaryHooks if config.tile is None else _TileHooks)(self, transformer, config)
         return hooks.connect(transformer, transformer.rope)
+
+    def split_sequence(self, transformer: Any, shard: SequenceShard) -> list[RemovableHandle]:
+        return _SplitHooks(transformer, shard).connect(transformer)
 
 
 def _grid(transformer: Any, latents: Tensor) -> Grid:
@@ -228,4 +217,50 @@ def _reorder(transformer: Any, latents: Tensor, order: Tensor) -> Tensor:
     return unpatchify(patchify(latents, patch)[:, order], grid, patch)
 
 
-__all__ = ["WAN_CONFIGS", "WanAdapter", "WanProcessor", "build_wan"]
+class _SplitHooks:
+    """Hooks that leave this rank its part of the tokens, from the first layer to the output.
+
+    They run after those of `connect`: what is split is in tile order already.
+    """
+
+    def __init__(self, transformer: nn.Module, shard: SequenceShard) -> None:
+        self.shard = shard
+        self.names = tuple(inspect.signature(transformer.forward).parameters)
+
+    def connect(self, transformer: Any) -> list[RemovableHandle]:
+        return [
+            transformer.register_forward_pre_hook(self.before, with_kwargs=True),
+            transformer.rope.register_forward_hook(self.after_rotary),
+            transformer.blocks[0].register_forward_pre_hook(self.before_layers),
+            transformer.proj_out.register_forward_hook(self.after_layers),
+        ]
+
+    def before(
+        self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        latents, timestep = arguments.get("hidden_states"), arguments.get("timestep")
+        if latents is None:
+            return None
+        grid = _grid(transformer, latents)
+        self.shard.check_tokens(grid)
+        if not isinstance(timestep, Tensor) or timestep.ndim != 2 or timestep.shape[1] == 1:
+            return None
+        arguments["timestep"] = self.shard.split(timestep, 1)  # one a token, Wan2.2 TI2V
+        return (), arguments
+
+    def after_rotary(self, rotary: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, CarriedContext):
+            return output
+        cos, sin = (self.shard.split(angles, 1) for angles in output.rotary)
+        return output._replace(rotary=(cos, sin))
+
+    def before_layers(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = args
+        return self.shard.split(hidden, 1).contiguous(), *others
+
+    def after_layers(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self.shard.gather_output(output, 1)
+
+
+__all__ = ["WAN_CONFIGS", "WanAdapter", "WanProcessor", "build_wan", "cast_wan"]

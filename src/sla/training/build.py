@@ -22,14 +22,16 @@ from sla.attention import AttentionConfig
 from sla.data.module import VideoDataModule
 from sla.diffusion.flow_matching import FlowMatching
 from sla.models.autoencoders import AutoencoderConfig, VideoAutoencoder, build_autoencoder
-from sla.models.dit import VideoDiT
+from sla.models.families import RANDOM, family
 from sla.models.text import (
     ByteTextEncoder,
     ByteTextEncoderConfig,
     FrozenTextEncoder,
+    TextEncoder,
     TextEncoderConfig,
     build_text_encoder,
 )
+from sla.models.video_model import VideoModel
 from sla.training.callbacks import (
     AttentionStatistics,
     DataPosition,
@@ -76,7 +78,7 @@ def load_text_encoder(
     return encoder
 
 
-def trained_part(text_encoder: ByteTextEncoder | FrozenTextEncoder) -> ByteTextEncoder | None:
+def trained_part(text_encoder: TextEncoder) -> ByteTextEncoder | None:
     """The text encoder if model files hold it, None if it is a frozen one from elsewhere."""
     return text_encoder if isinstance(text_encoder, ByteTextEncoder) else None
 
@@ -112,19 +114,28 @@ def build_data(experiment: Experiment) -> VideoDataModule:
 
 
 def build_networks(
-    experiment: Experiment, attention: AttentionConfig | None = None
-) -> tuple[VideoDiT, ByteTextEncoder | FrozenTextEncoder]:
-    """Freshly initialised network and text encoder; the same for the same `run.seed`.
+    experiment: Experiment, attention: AttentionConfig | None = None, weights: str = RANDOM
+) -> tuple[VideoModel, ByteTextEncoder | FrozenTextEncoder]:
+    """Network and text encoder; what is drawn is the same for the same `run.seed`.
 
     Args:
         attention: method to build with, the experiment's own if None.
+        weights: where their pretrained weights are; `random` for fresh ones.
+
+    Raises:
+        FileNotFoundError, CheckpointError: from the model family's `create`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(experiment.run.seed)
         text_encoder = load_text_encoder(experiment.text_encoder, experiment.text)
         if isinstance(text_encoder, FrozenTextEncoder):
             torch.manual_seed(experiment.run.seed)  # whatever loading has drawn
-        model = VideoDiT(experiment.model, attention or experiment.attention)
+        model = family(experiment.model.name).create(
+            experiment.model,
+            attention or experiment.attention,
+            weights,
+            trained_part(text_encoder),
+        )
     model.activation_checkpointing = experiment.trainer.activation_checkpointing
     return model, text_encoder
 
@@ -135,7 +146,10 @@ def build_flow(experiment: Experiment) -> FlowMatching:
 
 
 def build_module(
-    experiment: Experiment, model: VideoDiT, text_encoder: ByteTextEncoder | FrozenTextEncoder
+    experiment: Experiment,
+    model: VideoModel,
+    text_encoder: ByteTextEncoder | FrozenTextEncoder,
+    teacher: VideoModel | None = None,
 ) -> DiffusionModule:
     """The LightningModule around given networks."""
     return DiffusionModule(
@@ -147,6 +161,7 @@ def build_module(
         max_steps=experiment.trainer.max_steps,
         val_strata=experiment.trainer.val_strata,
         compile=experiment.trainer.compile,
+        teacher=teacher,
     )
 
 

@@ -15,6 +15,7 @@ from sla.models.autoencoders import AutoencoderConfig
 from sla.models.dit import DiTConfig
 from sla.models.schedulers import SCHEDULERS
 from sla.models.text import ByteTextEncoderConfig, TextEncoderConfig
+from sla.models.video_model import ModelConfig
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -33,7 +34,9 @@ class RunConfig:
         resume: `auto` continues the run of this name from its last checkpoint, if there is one;
             `never` renames an older run of this name and starts anew; anything else is the path
             of a checkpoint to continue from.
-        init_weights: safetensors file of the pretrained model, or empty to start from scratch.
+        init_weights: where the pretrained model is: a safetensors file of ours if `model.name` is
+            `dit`, a hub id or folder of diffusers if it is `wan`; `random` draws the weights from
+            the seed; empty for a run that starts from scratch.
         router_weights: safetensors file of the routers and mixing ratios that fine-tuning with
             `sla2` starts from (stage 1, `python -m sla router`), or null for SLA's routing.
     """
@@ -56,10 +59,14 @@ class FlowConfig:
     Attributes:
         shift: timestep shift s: sigma' = s sigma / (1 + (s - 1) sigma).
         timesteps: density of sigma before the shift in training: `logit_normal` or `uniform`.
+        target: what fine-tuning learns: `data`, the velocity noise - x0, or `teacher`, the velocity
+            that the frozen pretrained model with full attention predicts from the same noisy
+            latents (as the authors' later recipe). Validation is against `data` always.
     """
 
     shift: float = 3.0
     timesteps: str = "logit_normal"
+    target: str = "data"
 
     def __post_init__(self) -> None:
         _require(self.shift > 0, "flow.shift", self.shift, "positive")
@@ -69,6 +76,8 @@ class FlowConfig:
             self.timesteps,
             "'logit_normal' or 'uniform'",
         )
+        known = self.target in ("data", "teacher")
+        _require(known, "flow.target", self.target, "'data' or 'teacher'")
 
 
 @dataclass
@@ -89,6 +98,10 @@ class OptimConfig:
         ema_decay: decay of the exponential moving average of the weights per step; 0 for none.
             Validation, final samples and exported weights use the average.
         accumulate: batches per optimiser step.
+        trainable: `all` weights; `methods`, the attention methods' own parameters (Proj) alone; or
+            `lora`, those and low-rank additions (peft) to the linear layers.
+        lora_rank, lora_alpha: rank of these additions, and their scale times the rank.
+        lora_targets: ends of the names of the layers that get one; empty takes the model family's.
     """
 
     learning_rate: float = 1e-4
@@ -102,8 +115,16 @@ class OptimConfig:
     grad_clip: float = 1.0
     ema_decay: float = 0.0
     accumulate: int = 1
+    trainable: str = "all"
+    lora_rank: int = 32
+    lora_alpha: int = 32
+    lora_targets: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        trainable = self.trainable in ("all", "lora", "methods")
+        _require(trainable, "optim.trainable", self.trainable, "'all', 'lora' or 'methods'")
+        _require(self.lora_rank >= 1, "optim.lora_rank", self.lora_rank, ">= 1")
+        _require(self.lora_alpha >= 1, "optim.lora_alpha", self.lora_alpha, ">= 1")
         _require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "positive")
         _require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, ">= 0")
@@ -277,7 +298,7 @@ class Experiment:
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    model: DiTConfig = field(default_factory=DiTConfig)
+    model: ModelConfig = field(default_factory=DiTConfig)
     text: ByteTextEncoderConfig = field(default_factory=ByteTextEncoderConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)

@@ -12,9 +12,9 @@ import torch
 from sla.data.video import to_frames
 from sla.diffusion.flow_matching import FlowMatching
 from sla.diffusion.sampling import sample
-from sla.models.dit import VideoDiT
 from sla.models.schedulers import build_scheduler
 from sla.models.text import TextEncoder
+from sla.models.video_model import VideoModel
 from sla.training.config import SamplingConfig
 
 
@@ -40,7 +40,7 @@ class StageSeconds:
 
 @torch.no_grad()
 def generate_videos(
-    model: VideoDiT,
+    model: VideoModel,
     text_encoder: TextEncoder,
     flow: FlowMatching,
     config: SamplingConfig,

@@ -7,6 +7,7 @@ pictures: those are the data module's, the callbacks' and the run's.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,8 +19,8 @@ from torchmetrics import MeanMetric
 from sla.attention import AttentionMethod
 from sla.data.module import VideoBatch
 from sla.diffusion.flow_matching import FlowMatching, per_sample_noise
-from sla.models.dit import VideoDiT
 from sla.models.text import TextEncoder
+from sla.models.video_model import VideoModel
 from sla.training.config import OptimConfig
 
 # Validation noise is drawn from a stream of its own, the same for every run and arm, so that
@@ -43,12 +44,14 @@ class DiffusionModule(pl.LightningModule):
         seed: seed of training noise and timesteps.
         max_steps: optimiser steps of the run, for the schedule.
         val_strata: timestep strata at which each validation sample is measured.
-        compile: run training steps through torch.compile.
+        compile: run the blocks of training steps and samples through torch.compile.
+        teacher: the frozen model whose velocity is learned in place of the data's; not a part of
+            this module: it is neither stored nor averaged.
     """
 
     def __init__(
         self,
-        model: VideoDiT,
+        model: VideoModel,
         text_encoder: TextEncoder,
         flow: FlowMatching,
         optim: OptimConfig,
@@ -57,6 +60,7 @@ class DiffusionModule(pl.LightningModule):
         max_steps: int,
         val_strata: int,
         compile: bool = False,
+        teacher: VideoModel | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -66,19 +70,23 @@ class DiffusionModule(pl.LightningModule):
         self.seed = seed
         self.max_steps = max_steps
         self.val_strata = val_strata
+        self.compiled = compile
         if compile:
-            model.compile()
+            for block in model.repeated_blocks():
+                block.compile()
+        # In a tuple: a module in there is no part of this one.
+        self._teacher = () if teacher is None else (teacher.requires_grad_(False).eval(),)
         self.validation_loss = MeanMetric()
         self.bucket_losses = nn.ModuleList(MeanMetric() for _ in range(val_strata))
 
     def tokens(self, video: Tensor) -> int:
         """Video tokens of one sample of a (B, C, T, H, W) batch."""
-        return math.prod(self.model.config.grid(video.shape))
+        return math.prod(self.model.grid(video.shape))
 
     def losses(
         self, batch: VideoBatch, sigma: Tensor, noise: Tensor, *, training: bool = False
     ) -> Tensor:
-        """Flow-matching loss of each sample.
+        """Flow-matching loss of each sample; in training with a teacher, distance to its velocity.
 
         Args:
             batch: B samples.
@@ -91,10 +99,25 @@ class DiffusionModule(pl.LightningModule):
         video = batch["video"]
         text, text_mask = self.encode_text(batch)
         noisy = self.flow.interpolate(video, noise, sigma)
-        # Only training steps are compiled: validation is observed through hooks.
-        forward = self.model if training else self.model.forward
-        velocity = forward(noisy, self.flow.timestep(sigma), text, text_mask)
-        return self.flow.loss(velocity, self.flow.target(video, noise))
+        inputs = (noisy, self.flow.timestep(sigma), text, text_mask)
+        if training:
+            velocity = self.model(*inputs)
+        else:  # validation is observed through hooks, which compiled blocks do not call
+            with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+                velocity = self.model(*inputs)
+        target = self.flow.target(video, noise)
+        if training and self._teacher:
+            with torch.no_grad():
+                target = self._teacher[0](*inputs)
+        return self.flow.loss(velocity, target)
+
+    def on_fit_start(self) -> None:
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def on_fit_end(self) -> None:
+        for teacher in self._teacher:
+            teacher.to("cpu")
 
     def encode_text(self, batch: VideoBatch) -> tuple[Tensor, Tensor]:
         """Embeddings (B, L, text_dim) of the captions, and their mask (B, L).

@@ -30,14 +30,12 @@ from sla.analysis.capture_qkv import QKVSample, capture_qkv
 from sla.attention import FullConfig, SLA2Attention, SLA2Config
 from sla.diffusion.flow_matching import per_sample_noise
 from sla.files import atomic_path, write_text
-from sla.models.checkpoint import load_weights
-from sla.models.dit import VideoDiT
+from sla.models.video_model import VideoModel
 from sla.training.build import (
     build_data,
     build_module,
     build_networks,
     sampling_device,
-    trained_part,
 )
 from sla.training.config import Experiment, RouterConfig
 from sla.training.run_folder import RunError
@@ -237,15 +235,15 @@ def train_routers(
 
 
 @torch.no_grad()
-def capture_samples(experiment: Experiment) -> tuple[VideoDiT, list[QKVSample]]:
+def capture_samples(experiment: Experiment) -> tuple[VideoModel, list[QKVSample]]:
     """Queries, keys and values of the pretrained model under full attention, and the model.
 
     `router.clips` training clips, each at a timestep of its own, evenly spread over the density
     that training draws from. Tokens are in the order of the experiment's attention.
     """
     config, seed = experiment.router, experiment.run.seed
-    model, text_encoder = build_networks(experiment, FullConfig(tile=experiment.attention.tile))
-    load_weights(experiment.run.init_weights, model, trained_part(text_encoder))
+    full = FullConfig(tile=experiment.attention.tile)
+    model, text_encoder = build_networks(experiment, full, experiment.run.init_weights)
     module = build_module(experiment, model, text_encoder).eval()
     module.to(sampling_device(experiment.trainer))
     data = build_data(replace(experiment, data=replace(experiment.data, batch_size=1)))
@@ -264,7 +262,7 @@ def capture_samples(experiment: Experiment) -> tuple[VideoDiT, list[QKVSample]]:
 
 
 def save_router(
-    path: str | os.PathLike[str], model: VideoDiT, *, metadata: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str], model: VideoModel, *, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Write routers and mixing ratios of all layers to a `.safetensors` file.
 
@@ -283,7 +281,7 @@ def save_router(
         save_file(tensors, temporary, metadata={_HEADER_KEY: json.dumps(header)})
 
 
-def load_router(path: str | os.PathLike[str], model: VideoDiT) -> None:
+def load_router(path: str | os.PathLike[str], model: VideoModel) -> None:
     """Load what `save_router` wrote into a model with SLA2. Everything fits or nothing is changed.
 
     Other numbers of the method may differ, such as its critical fraction; what a router was trained
@@ -332,7 +330,7 @@ def load_router(path: str | os.PathLike[str], model: VideoDiT) -> None:
             expected[name].copy_(tensor)
 
 
-def _router_state(model: VideoDiT) -> dict[str, Tensor]:
+def _router_state(model: VideoModel) -> dict[str, Tensor]:
     """Live parameters of stage 1 by name: layers.0.router.proj_q, layers.0.mixing.logit, ..."""
     state: dict[str, Tensor] = {}
     for method in model.attention_modules():

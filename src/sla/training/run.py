@@ -21,9 +21,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from sla.attention import FullConfig
 from sla.data.module import VideoDataModule
 from sla.data.video import grid, picture_strip, write_picture, write_video
-from sla.models.checkpoint import load_weights, save_model
-from sla.models.dit import VideoDiT
-from sla.models.text import ByteTextEncoder
+from sla.models.families import RANDOM, family
+from sla.models.video_model import VideoModel
 from sla.training.build import (
     build_data,
     build_evaluator,
@@ -39,6 +38,7 @@ from sla.training.generation import StageSeconds, generate_videos
 from sla.training.module import DiffusionModule
 from sla.training.router import load_router
 from sla.training.run_folder import RunError, RunFolder, is_rank_zero, open_run
+from sla.training.trainable import choose_trainable, merge_lora
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +64,13 @@ def pretrain(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     if finished is not None:
         return finished
     data = build_data(experiment)
-    model, text_encoder = build_networks(experiment)
-    if experiment.run.init_weights:
-        load_weights(experiment.run.init_weights, model, trained_part(text_encoder))
+    model, text_encoder = build_networks(experiment, weights=experiment.run.init_weights or RANDOM)
+    choose_trainable(model, text_encoder, experiment.optim)
     module = build_module(experiment, model, text_encoder)
     trainer = _fit(experiment, folder, module, data)
     after = evaluate(experiment, module, data)
     # bf16: the weights are shipped with the repository.
-    _export(folder, module, resolved, torch.bfloat16)
+    _export(experiment, folder, module, resolved, torch.bfloat16)
     summary = {
         "name": experiment.run.name,
         "attention": experiment.attention.name,
@@ -100,11 +99,15 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
         return finished
     data = build_data(experiment)
 
-    model, text_encoder = build_networks(experiment, FullConfig())
-    load_weights(experiment.run.init_weights, model, trained_part(text_encoder))
-    module = build_module(experiment, model, text_encoder)
+    full = FullConfig(tile=experiment.attention.tile)
+    model, text_encoder = build_networks(experiment, full, experiment.run.init_weights)
+    teacher = None
+    if experiment.flow.target == "teacher":
+        teacher, _ = build_networks(experiment, full, experiment.run.init_weights)
+    module = build_module(experiment, model, text_encoder, teacher)
     baseline = _baseline(experiment, folder, module, data)
     _swap_in(experiment, model)
+    choose_trainable(model, text_encoder, experiment.optim)
 
     first = {
         "val/loss": baseline["sla_val_loss_before"],
@@ -113,12 +116,12 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     }
     trainer = _fit(experiment, folder, module, data, first)
     after = evaluate(experiment, module, data)
-    _export(folder, module, resolved)
+    _export(experiment, folder, module, resolved)
 
-    teacher, teacher_text = build_networks(experiment, FullConfig())
-    load_weights(experiment.run.init_weights, teacher, trained_part(teacher_text))
-    full = build_module(experiment, teacher, teacher_text)
-    tokens = model.config.grid(_video_shape(experiment))
+    if teacher is None:
+        teacher, text_encoder = build_networks(experiment, full, experiment.run.init_weights)
+    pretrained = build_module(experiment, teacher, text_encoder)
+    tokens = model.grid(_video_shape(experiment))
     flops = [sum(m.flops(tokens) for m in net.attention_modules()) for net in (model, teacher)]
     summary = {
         "name": experiment.run.name,
@@ -135,7 +138,7 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
         "negligible_fraction": after.negligible,
         "tokens": math.prod(tokens),
     }
-    modules = {"pretrained": full, experiment.attention.name: module}
+    modules = {"pretrained": pretrained, experiment.attention.name: module}
     _write_samples(experiment, folder, modules, data, trainer)
     summary |= _resources(start)
     _write_summary(folder, summary)
@@ -181,7 +184,7 @@ def _baseline(
     return baseline
 
 
-def _swap_in(experiment: Experiment, model: VideoDiT) -> None:
+def _swap_in(experiment: Experiment, model: VideoModel) -> None:
     """Give the model the experiment's attention, with its routers of stage 1 if there are any."""
     model.set_attention(experiment.attention)
     if experiment.run.router_weights is not None:
@@ -360,18 +363,20 @@ def _write_samples(
     write_picture(folder.samples / "side_by_side.png", picture_strip(together))
 
 
-@rank_zero_only
 def _export(
+    experiment: Experiment,
     folder: RunFolder,
     module: DiffusionModule,
     resolved: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
-    text_encoder = module.text_encoder
-    save_model(
-        folder.weights,
+    merge_lora(module.model)
+    if not is_rank_zero():
+        return
+    family(experiment.model.name).export(
+        folder.path,
         module.model,
-        text_encoder if isinstance(text_encoder, ByteTextEncoder) else None,
+        trained_part(module.text_encoder),
         metadata={"experiment": dict(resolved), "steps": module.max_steps},
         dtype=dtype,
     )
