@@ -28,9 +28,12 @@ def test_every_method_and_task_is_timed_baselines_first(
     assert main([*TINY, "--methods", *methods, "--out", str(tmp_path)]) == 0
     rows = rows_in(tmp_path)
     assert [(row["method"], row["what"]) for row in rows] == [
-        (method, what)
-        for method in ("cudnn", "sla", "sparse_only")
-        for what in ("step", "train", "generation")
+        *(
+            (method, what)
+            for method in ("cudnn", "sla", "sparse_only")
+            for what in ("step", "train", "generation")
+        ),
+        ("none", "decode"),
     ]
     by = {(row["method"], row["what"]): row for row in rows}
     for row in rows:
@@ -41,7 +44,54 @@ def test_every_method_and_task_is_timed_baselines_first(
     assert by["sla", "step"]["ratio_cudnn"] == pytest.approx(ratio)
     assert by["sla", "step"]["ratio_flash_attention_2"] is None
     assert by["sla", "generation"]["steps"] == 2
+    assert {row["what"]: row["estimated_bytes"] is not None for row in rows} == {
+        "step": False,
+        "train": True,
+        "generation": False,
+        "decode": False,
+    }
+    # Weights, gradients and two optimiser states in float32 are the least that it takes.
+    weights = sum(p.numel() for p in e2e.build_wan("tiny").parameters())
+    assert by["cudnn", "train"]["estimated_bytes"] > 16 * weights
+    assert by["sla", "train"]["estimated_bytes"] > by["cudnn", "train"]["estimated_bytes"]
     assert "generation" in capsys.readouterr().out
+
+
+def test_the_estimate_follows_the_mode_and_checkpointing() -> None:
+    model = e2e.build_wan("tiny")
+    options = e2e.argparse.Namespace(size="tiny", checkpointing=False)
+    arm, dtype = e2e.ARMS["cudnn"], torch.bfloat16
+    eager = e2e.estimate(model, arm, "eager", options, dtype)
+    assert e2e.estimate(model, arm, "compiled", options, dtype) < eager
+    options.checkpointing = True
+    assert e2e.estimate(model, arm, "eager", options, dtype) < eager
+
+
+def test_the_decoder_is_timed_once_whatever_the_methods(tmp_path: Path) -> None:
+    arguments = [*TINY[:5], "--what", "decode", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    (row,) = rows_in(tmp_path)
+    assert (row["method"], row["mode"], row["what"]) == ("none", "eager", "decode")
+    assert row["ms_median"] > 0
+    assert row["ratio_cudnn"] is None
+    assert "decode" in e2e.line(row)
+    autoencoder = e2e.build_autoencoder("tiny", torch.bfloat16, torch.device("cpu"))
+    assert {p.dtype for p in autoencoder.parameters()} == {torch.bfloat16}
+    full = e2e.build_autoencoder("1.3b", torch.bfloat16, torch.device("meta"))
+    assert (full.config.z_dim, full.config.base_dim, full.training) == (16, 96, False)
+    assert {p.dtype for p in full.parameters()} == {torch.bfloat16}
+
+
+def test_a_row_shows_attentions_share_and_both_memories(tmp_path: Path) -> None:
+    main([*TINY, "--methods", "sla", "--what", "step", "--out", str(tmp_path)])
+    (row,) = rows_in(tmp_path)
+    assert row["attention_share"] is None
+    row |= {"ms_median": 50.0, "ms_attention": 10.0, "attention_share": 0.2}
+    row |= {"peak_bytes": 3 * 2**30, "estimated_bytes": 4 * 2**30, "ratio_cudnn": 2.0}
+    assert e2e.line(row).split()[3:] == ["50.0", "10.0", "20%", "3.0", "4.0", "cudnn", "2.00x"]
+    for name in ("ms", "attention", "share", "GiB", "estimate"):
+        end = e2e.HEAD.index(name) + len(name)
+        assert e2e.line(row)[end - 1] != " ", "the column's numbers end where its name does"
 
 
 def test_a_failure_of_ours_is_a_row_and_the_exit_status(

@@ -1,9 +1,10 @@
 """Wan2.1 from end to end: a denoising step, a training step and a whole generation, by method.
 
 The exact architecture with random weights: speed and memory do not depend on what they are. The
-text encoder is left out; the autoencoder's decoder is timed by itself. Attention's part of the time
-is measured in the uncompiled model, by events around every layer's method, since a compiled one
-cannot be looked into; the kernels are the same.
+text encoder is left out; the autoencoder's decoder is timed by itself, once: no method is in it.
+Attention's part of the time is measured in the uncompiled model, by events around every layer's
+method, since a compiled one cannot be looked into; the kernels are the same. A training step has a
+second column of memory: what `sla.training.memory` says before.
 """
 
 from __future__ import annotations
@@ -31,15 +32,25 @@ from sla.attention import (
 from sla.benchmark import timing
 from sla.benchmark.kernels import SEED, quantiles
 from sla.figures.paper import GPU_BLOCKS
+from sla.models.autoencoders import build_wan_autoencoder
 from sla.models.injection import apply_attention, attention_modules
 from sla.models.schedulers import build_scheduler
+from sla.models.testing import tiny_wan_autoencoder
 from sla.models.wan import WAN_CONFIGS, build_wan
 from sla.results import RESULTS, ResultsFile
+from sla.training.memory import (
+    MemorySettings,
+    TransformerShape,
+    block_table_bytes,
+    estimate_memory,
+    parameters_of,
+)
 
 # Latents of 480p x 81 frames: (channels, frames, height, width) after the autoencoder.
 LATENTS = {"1.3b": (21, 60, 104), "14b": (21, 90, 160), "tiny": (3, 8, 12)}
 TEXT_TOKENS = {"1.3b": 512, "14b": 512, "tiny": 7}
-WHAT = ("step", "train", "generation")
+WHAT = ("step", "train", "generation", "decode")
+DECODE = "decode"
 MODES = ("eager", "compiled")
 STEPS = 50
 SHIFT = 3.0
@@ -62,10 +73,11 @@ ARMS: dict[str, Arm] = {
     "sla-64x64": Arm(SLAConfig()),
     "sla2": Arm(SLA2Config()),
 }
+NO_METHOD = "none"
 BASELINES = ("flash_attention_2", "cudnn")
 HEAD = (
-    f"{'method':>18} {'mode':>9} {'what':>10} {'ms':>10} {'attention':>10} {'GiB':>7}  "
-    "times faster than"
+    f"{'method':>18} {'mode':>9} {'what':>10} {'ms':>10} {'attention':>10} {'share':>5} "
+    f"{'GiB':>7} {'estimate':>8}  times faster than"
 )
 
 
@@ -95,34 +107,42 @@ def run(options: argparse.Namespace) -> int:
     print(HEAD)
     start, status = time.monotonic(), 0
     baselines: dict[tuple[str, str, str], float] = {}
-    for name in sorted(options.methods, key=lambda name: name not in BASELINES):
-        for mode in options.modes:
-            for what in options.what:
-                if options.max_seconds and time.monotonic() - start > options.max_seconds:
-                    print(f"left out after {options.max_seconds} s: {name} {mode} {what}")
-                    continue
-                row = measure(name, mode, what, options, device)
-                for other in BASELINES:
-                    ms = baselines.get((other, mode, what))
-                    own = row["ms_median"]
-                    row[f"ratio_{other}"] = ms / own if ms and own else None
-                if name in BASELINES and row["ms_median"]:
-                    baselines[name, mode, what] = row["ms_median"]
-                elif row["error"]:
-                    status = 1
-                if file is not None:
-                    file.append(row)
-                print(line(row), flush=True)
+    for name, mode, what in todo(options):
+        if options.max_seconds and time.monotonic() - start > options.max_seconds:
+            print(f"left out after {options.max_seconds} s: {name} {mode} {what}")
+            continue
+        row = measure(name, mode, what, options, device)
+        for other in BASELINES:
+            ms = baselines.get((other, mode, what))
+            own = row["ms_median"]
+            row[f"ratio_{other}"] = ms / own if ms and own else None
+        if name in BASELINES and row["ms_median"]:
+            baselines[name, mode, what] = row["ms_median"]
+        elif row["error"]:
+            status = 1
+        if file is not None:
+            file.append(row)
+        print(line(row), flush=True)
     if file is not None and file.path.exists():
         print(f"recorded in {file.path}")
     return status
+
+
+def todo(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """(method, mode, what) in the order of measuring: baselines first, the decoder last."""
+    methods = sorted(options.methods, key=lambda name: name not in BASELINES)
+    by_method = [what for what in options.what if what != DECODE]
+    rows = [(name, mode, what) for name in methods for mode in options.modes for what in by_method]
+    if DECODE in options.what:
+        rows.append((NO_METHOD, "eager", DECODE))
+    return rows
 
 
 def measure(
     name: str, mode: str, what: str, options: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     """One row: a method in one mode doing one thing, with a model of its own."""
-    arm = ARMS[name]
+    arm = ARMS.get(name)
     frames, height, width = LATENTS[options.size]
     config = WAN_CONFIGS[options.size]
     row: dict[str, Any] = {
@@ -134,20 +154,25 @@ def measure(
         "tokens": math.prod((frames, height // 2, width // 2)),
         "device": device.type,
         "dtype": "bfloat16" if device.type == "cuda" else "float32",
-        "block_q": getattr(arm.config, "block_q", None),
-        "block_kv": getattr(arm.config, "block_kv", None),
+        "block_q": getattr(arm and arm.config, "block_q", None),
+        "block_kv": getattr(arm and arm.config, "block_kv", None),
         "steps": options.steps if what == "generation" else None,
         "checkpointing": options.checkpointing if what == "train" else None,
         "ms_median": None,
         "ms_p20": None,
         "ms_p80": None,
         "ms_attention": None,
+        "attention_share": None,
         "peak_bytes": None,
+        "estimated_bytes": None,
         "error": None,
     }
     try:
-        with kernel_of(arm, device):
-            row |= _measure(arm, mode, what, options, device)
+        if arm is None:
+            row |= _measure_decoder(options, device)
+        else:
+            with kernel_of(arm, device):
+                row |= _measure(arm, mode, what, options, device)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         error.__traceback__ = None  # its frames hold the model
@@ -166,23 +191,102 @@ def _measure(
     model = apply_attention(build_wan(options.size, weights, device, seed=SEED), arm.config)
     inputs = make_inputs(options.size, device, dtype)
     step = make_step(model, inputs, what, options)
+    # A generation is long: a short one warms up, and each thing is measured once.
+    warm_up = make_step(model, inputs, what, options, steps=2) if what == "generation" else step
     found: dict[str, Any] = {}
+    if what == "train":
+        found["estimated_bytes"] = estimate(model, arm, mode, options, dtype)
     if mode == "eager":
-        found["ms_attention"] = attention_ms(model, step, device)
+        warm_up()
+        found |= attention_times(model, step, device)
+        if what == "train":
+            found["attention_share"] = None  # of the forward alone
     else:
         model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
-    if device.type == "cuda":
-        step()  # compiles, and makes the optimiser's state
+    return found | _times(step, warm_up, what, options, device)
+
+
+def _measure_decoder(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The autoencoder's decoder on the latents of a video."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    decoder = build_autoencoder(options.size, dtype, device)
+    generator = torch.Generator(device=device).manual_seed(SEED)
+    shape = (1, decoder.config.z_dim, *LATENTS[options.size])
+    latents = torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        video: Tensor = decoder.decode(latents, return_dict=False)[0]
+        return video
+
+    return _times(step, step, DECODE, options, device)
+
+
+def build_autoencoder(size: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Wan2.1's autoencoder, which both of its models share, with random weights; a tiny one for
+    the tiny model."""
+    if size == "tiny":
+        # diffusers' own `to` warns of any dtype.
+        return nn.Module.to(tiny_wan_autoencoder().eval(), device, dtype)
+    return build_wan_autoencoder(dtype, device, seed=SEED)
+
+
+def _times(
+    step: timing.Step,
+    warm_up: timing.Step,
+    what: str,
+    options: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Peak memory on a GPU, and times."""
+    found: dict[str, Any] = {}
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        warm_up()  # compiles, and makes the optimiser's state
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    if what == "generation":
+        found |= dict.fromkeys(("ms_median", "ms_p20", "ms_p80"), _once(step, device))
+    elif on_gpu:
         step()
         torch.cuda.synchronize()
+    if on_gpu:
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
-    if what == "generation":  # long: once
-        return found | dict.fromkeys(("ms_median", "ms_p20", "ms_p80"), _once(step, device))
-    if device.type == "cuda":
+    if what == "generation":
+        return found
+    if on_gpu:
         return found | quantiles(timing.gpu_times(step, options.budget_ms))
     return found | quantiles(timing.cpu_times(step, options.repeats))
+
+
+def estimate(
+    model: nn.Module, arm: Arm, mode: str, options: argparse.Namespace, dtype: torch.dtype
+) -> int:
+    """Bytes that `sla.training.memory` expects of the training step."""
+    config = WAN_CONFIGS[options.size]
+    frames, height, width = LATENTS[options.size]
+    heads, tokens = config["num_attention_heads"], math.prod((frames, height // 2, width // 2))
+    shape = TransformerShape(
+        width=heads * config["attention_head_dim"],
+        mlp_width=config["ffn_dim"],
+        depth=config["num_layers"],
+        heads=heads,
+        tokens=tokens,
+        text_tokens=TEXT_TOKENS[options.size],
+    )
+    tables, blocks = 0, getattr(arm.config, "block_q", None)
+    if blocks is not None:
+        block_kv, critical = (getattr(arm.config, name) for name in ("block_kv", "critical"))
+        tables = block_table_bytes(heads, tokens, blocks, block_kv, critical)
+    settings = MemorySettings(
+        compute_bytes=dtype.itemsize,
+        fused_optimizer=dtype == torch.bfloat16,
+        keep_gradients=False,
+        checkpointing=options.checkpointing,
+        compiled=mode == "compiled",
+        attention_bytes=tables,
+    )
+    return estimate_memory(shape, parameters_of(model), settings).total
 
 
 @contextmanager
@@ -213,18 +317,23 @@ def make_inputs(size: str, device: torch.device, dtype: torch.dtype) -> dict[str
 
 
 def make_step(
-    model: nn.Module, inputs: dict[str, Tensor], what: str, options: argparse.Namespace
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    what: str,
+    options: argparse.Namespace,
+    *,
+    steps: int | None = None,
 ) -> timing.Step:
     """The function to time.
 
     step: one forward of one sample, no guidance. train: forward, backward and AdamW's step on the
-    flow-matching loss. generation: `steps` steps of UniPC with guidance, two forwards each as in
-    diffusers' pipeline, from noise to latents.
+    flow-matching loss. generation: `steps` (default: the options') steps of UniPC with guidance,
+    two forwards each as in diffusers' pipeline, from noise to latents.
     """
     if what == "step":
         return lambda: forward(model, inputs)
     if what == "generation":
-        return lambda: generate(model, inputs, options.steps)
+        return lambda: generate(model, inputs, steps or options.steps)
     model.train()
     if options.checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -265,10 +374,13 @@ def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int) -> Tensor:
     return current
 
 
-def attention_ms(model: nn.Module, step: timing.Step, device: torch.device) -> float | None:
-    """Time inside the attention methods during a step's forward passes; None on a CPU."""
+def attention_times(model: nn.Module, step: timing.Step, device: torch.device) -> dict[str, float]:
+    """Time inside the attention methods during a step's forward passes, and its share of that step.
+
+    Nothing on a CPU.
+    """
     if device.type != "cuda":
-        return None
+        return {}
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def before(*_: object) -> None:
@@ -278,15 +390,18 @@ def attention_ms(model: nn.Module, step: timing.Step, device: torch.device) -> f
     def after(*_: object) -> None:
         events[-1][1].record()
 
-    step()
     handles = []
     for method in attention_modules(model):
         handles += [method.register_forward_pre_hook(before), method.register_forward_hook(after)]
+    whole = _event(), _event()
+    whole[0].record()
     step()
+    whole[1].record()
     torch.cuda.synchronize()
     for handle in handles:
         handle.remove()
-    return sum(start.elapsed_time(end) for start, end in events)
+    spent = sum(start.elapsed_time(end) for start, end in events)
+    return {"ms_attention": spent, "attention_share": spent / whole[0].elapsed_time(whole[1])}
 
 
 def _event() -> torch.cuda.Event:
@@ -308,7 +423,11 @@ def line(row: dict[str, Any]) -> str:
     if row["error"]:
         return f"{what} {row['error']}"
     attention = f"{row['ms_attention']:10.1f}" if row["ms_attention"] is not None else " " * 10
+    share = f"{row['attention_share']:5.0%}" if row["attention_share"] is not None else " " * 5
     peak = f"{row['peak_bytes'] / 2**30:7.1f}" if row["peak_bytes"] is not None else " " * 7
+    estimated = row["estimated_bytes"]
+    expected = f"{estimated / 2**30:8.1f}" if estimated is not None else " " * 8
     found = {name: row[f"ratio_{name}"] for name in BASELINES if name != row["method"]}
     ratios = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found.items() if ratio)
-    return f"{what} {row['ms_median']:10.1f} {attention} {peak}  {ratios}".rstrip()
+    numbers = f"{row['ms_median']:10.1f} {attention} {share} {peak} {expected}"
+    return f"{what} {numbers}  {ratios}".rstrip()

@@ -269,10 +269,18 @@ def _flops(options: argparse.Namespace) -> None:
     show(options.grid, options.heads, options.head_dim, options.layers, options.format)
 
 
-def _figures(options: argparse.Namespace) -> None:
-    from sla.figures.figure6a import draw
+def _figures(options: argparse.Namespace) -> int:
+    from sla.figures import figure6a, figure6b
 
-    print("\n".join(str(path) for path in draw(options.out, options.results)))
+    drawn: list[Path] = []
+    for figure in (figure6a, figure6b):
+        try:
+            drawn += figure.draw(options.out, options.results)
+        except figure6a.FigureError as error:  # the others may have what they need
+            print(f"not drawn: {error}", file=sys.stderr)
+    for path in drawn:
+        print(path)
+    return 0 if drawn else 1
 
 
 def _convert(options: argparse.Namespace) -> None:

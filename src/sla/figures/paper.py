@@ -1,4 +1,4 @@
-"""Shapes that the paper measures at, and the kernel speeds that it publishes."""
+"""Shapes that the paper measures at, and the speeds that it publishes."""
 
 from __future__ import annotations
 
@@ -21,4 +21,11 @@ PAPER_TFLOPS: dict[str, tuple[float, float]] = {
     "VSA-89%": (892, 620),
     "VSA-95%": (1553, 1011),
     "SLA-95%": (2996, 1479),
+}
+# Figure 6b and the text: seconds of a generation with Wan2.1-1.3B, (attention, the rest). SLA2's
+# (arXiv 2602.12675) rest is SLA's, which gives the 2.30x that it reports.
+PAPER_GENERATION: dict[str, tuple[float, float]] = {
+    "full attention": (97, 62),
+    "SLA": (11, 62),
+    "SLA2": (7, 62),
 }

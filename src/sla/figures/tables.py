@@ -214,6 +214,55 @@ def attention_methods(root: Path = RESULTS) -> str:
     return f"{_markdown(head, body)}\n\n{_origin(list(sources.values()))}"
 
 
+def end_to_end(root: Path = RESULTS) -> str:
+    """Wan2.1 with random weights on a GPU: a denoising step, a training step, a generation."""
+    rows = end_to_end_rows(root)
+    by = {tuple(m.row[name] for name in ("size", "method", "mode", "what")): m for m in rows}
+    head = ["model", "method", "blocks", "mode"]
+    for what in ("denoising step, ms", "training step, ms", "generation, s"):
+        head += [what, "x FA2 / x cuDNN"]
+    head += ["attention's share", "training: peak, GiB", "estimated, GiB"]
+    body, used = [], []
+    lines = dict.fromkeys(key[:3] for key in by if key[3] != "decode")
+    order = {"flash_attention_2": 0, "cudnn": 1}
+    for size, method, mode in sorted(lines, key=lambda key: (key[0], order.get(key[1], 2))):
+        of_line = {what: by.get((size, method, mode, what)) for what in END_TO_END}
+        blocks = next((m.row["block_q"], m.row["block_kv"]) for m in of_line.values() if m)
+        name = END_TO_END_NAMES.get(method, method)
+        line = [size, name, f"{blocks[0]}x{blocks[1]}" if blocks[0] else "", mode]
+        for m in of_line.values():
+            line += [_end_to_end_time(m), _times_faster(m, by)]
+        whole = of_line["generation"] or of_line["step"]
+        share = whole.row["attention_share"] if whole else None
+        line.append("" if share is None else f"{share:.0%}")
+        train = of_line["train"].row if of_line["train"] else {}
+        for name in ("peak_bytes", "estimated_bytes"):
+            size_of = train.get(name)
+            line.append("" if size_of is None else f"{size_of / 2**30:.1f}")
+        body.append(line)
+        used += [m for m in of_line.values() if m is not None]
+    decoders = [m for m in rows if m.row["what"] == "decode" and m.row["ms_median"]]
+    if not body and not decoders:
+        return "(no record yet: `make bench-e2e ARGS=--record` on a GPU)"
+    parts = [_markdown(head, body)] if body else []
+    parts += [
+        f"The autoencoder's decoder at {m.row['size']}'s size: {m.row['ms_median'] / 1e3:.2f} s."
+        for m in decoders
+    ]
+    sources = {m.source.path: m.source for m in (*used, *decoders)}
+    return "\n\n".join([*parts, _origin(list(sources.values()))])
+
+
+END_TO_END = ("step", "train", "generation")
+END_TO_END_NAMES = {
+    "flash_attention_2": "FlashAttention-2",
+    "cudnn": "cuDNN attention",
+    "sparse_only": "sparse branch only",
+    "sla": "SLA",
+    "sla-64x64": "SLA",
+    "sla2": "SLA2",
+}
+END_TO_END_IDENTITY = ("method", "mode", "what", "size", "device", "dtype")
 DIRECTIONS = ("forward", "backward", "forward_backward")
 ATTENTION_IDENTITY = ("method", "direction", "tokens", "heads", "head_dim", "dtype")
 METHOD_NAMES = {
@@ -237,6 +286,15 @@ def gpu_rows(root: Path = RESULTS) -> list[Measurement]:
     """Newest bfloat16 rows of the GPU that was measured last."""
     for rows in read_newest_rows("kernels", KERNEL_IDENTITY, root).values():
         found = [m for m in rows if m.row.get("device") == "cuda" and m.row["dtype"] == "bfloat16"]
+        if found:
+            return found
+    return []
+
+
+def end_to_end_rows(root: Path = RESULTS) -> list[Measurement]:
+    """Newest bfloat16 rows of the end-to-end benchmark on the GPU that was measured last."""
+    for rows in read_newest_rows("e2e", END_TO_END_IDENTITY, root).values():
+        found = [m for m in rows if m.row["device"] == "cuda" and m.row["dtype"] == "bfloat16"]
         if found:
             return found
     return []
@@ -297,6 +355,28 @@ def _ms(row: Row | None) -> str:
     return f"{row['ms_median']:.2f}"
 
 
+def _end_to_end_time(m: Measurement | None) -> str:
+    if m is None or m.row["ms_median"] is None:
+        return "" if m is None else "failed"
+    row = m.row
+    if row["what"] == "generation":
+        return f"{row['ms_median'] / 1e3:.1f} ({row['steps']} steps)"
+    return f"{row['ms_median']:.0f}{' (blocks recomputed)' if row['checkpointing'] else ''}"
+
+
+def _times_faster(m: Measurement | None, by: dict[tuple[Any, ...], Measurement]) -> str:
+    """Times over the two exact methods' at the same task, FlashAttention-2 first."""
+    if m is None:
+        return ""
+    row, ratios = m.row, []
+    for name in ("flash_attention_2", "cudnn"):
+        other = by.get((row["size"], name, row["mode"], row["what"]))
+        same = other and all(other.row[k] == row[k] for k in ("steps", "checkpointing"))
+        exact = other.row["ms_median"] if other and same else None
+        ratios.append(f"{exact / row['ms_median']:.2f}" if exact and row["ms_median"] else "-")
+    return " / ".join(ratios)
+
+
 def _ratios(row: Row | None) -> str:
     found = [(row or {}).get(f"ratio_{name}") for name in ("flash_attention_2", "cudnn")]
     return " / ".join("-" if ratio is None else f"{ratio:.1f}" for ratio in found)
@@ -319,6 +399,7 @@ def _gpu_table(
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "attention_methods": attention_methods,
+    "end_to_end": end_to_end,
     "finetune": finetune,
     "kernels_cpu": kernels_cpu,
     "kernels_gpu": kernels_gpu,

@@ -261,6 +261,23 @@ def build_autoencoder(config: AutoencoderConfig) -> VideoAutoencoder:
     )
 
 
+def build_wan_autoencoder(dtype: torch.dtype, device: torch.device | str, *, seed: int = 0) -> Any:
+    """diffusers' `AutoencoderKLWan` as Wan2.1 has it, with random weights, in evaluation mode.
+
+    Args:
+        dtype: of the weights.
+        device: where to build it.
+        seed: of the weights; the global generators are left as they are.
+    """
+    from diffusers import AutoencoderKLWan
+
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        autoencoder: Any = AutoencoderKLWan()  # its defaults are Wan2.1's
+    return nn.Module.to(autoencoder.eval(), dtype)  # diffusers' own `to` warns of any dtype
+
+
 def _missing_message(name: str, subfolder: str, error: Exception) -> str:
     first_line = str(error).strip().split("\n")[0]
     if Path(name).exists() or Path(name).is_absolute() or name.startswith("."):
@@ -282,4 +299,5 @@ __all__ = [
     "VideoAutoencoder",
     "WanAutoencoder",
     "build_autoencoder",
+    "build_wan_autoencoder",
 ]
