@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sla.benchmark import timing
 from sla.benchmark.kernels import SEED, quantiles
 from sla.figures.paper import GPU_BLOCKS
 from sla.models.autoencoders import build_wan_autoencoder
+from sla.models.fusion import CUDAGraphed, compile_blocks, fuse_feed_forward
 from sla.models.injection import apply_attention, attention_modules
 from sla.models.schedulers import build_scheduler
 from sla.models.testing import tiny_wan_autoencoder
@@ -51,9 +53,11 @@ LATENTS = {"1.3b": (21, 60, 104), "14b": (21, 90, 160), "tiny": (3, 8, 12)}
 TEXT_TOKENS = {"1.3b": 512, "14b": 512, "tiny": 7}
 WHAT = ("step", "train", "generation", "decode")
 DECODE = "decode"
-MODES = ("eager", "compiled")
+# graph: compiled, and each forward replayed as a CUDA graph (not for training).
+MODES = ("eager", "compiled", "graph")
 STEPS = 50
 SHIFT = 3.0
+Forward = Callable[..., Tensor]
 _Q, _KV = GPU_BLOCKS
 
 
@@ -132,7 +136,13 @@ def todo(options: argparse.Namespace) -> list[tuple[str, str, str]]:
     """(method, mode, what) in the order of measuring: baselines first, the decoder last."""
     methods = sorted(options.methods, key=lambda name: name not in BASELINES)
     by_method = [what for what in options.what if what != DECODE]
-    rows = [(name, mode, what) for name in methods for mode in options.modes for what in by_method]
+    rows = [
+        (name, mode, what)
+        for name in methods
+        for mode in options.modes
+        for what in by_method
+        if (mode, what) != ("graph", "train")
+    ]
     if DECODE in options.what:
         rows.append((NO_METHOD, "eager", DECODE))
     return rows
@@ -189,10 +199,16 @@ def _measure(
     # Training keeps float32 weights under autocast, as our runs do.
     weights = torch.float32 if what == "train" else dtype
     model = apply_attention(build_wan(options.size, weights, device, seed=SEED), arm.config)
+    fuse_feed_forward(model)  # which takes part in inference only
     inputs = make_inputs(options.size, device, dtype)
-    step = make_step(model, inputs, what, options)
+    function: Forward = partial(forward, model)
+    if mode == "graph":
+        function = CUDAGraphed(function)
+    step = make_step(model, function, inputs, what, options)
     # A generation is long: a short one warms up, and each thing is measured once.
-    warm_up = make_step(model, inputs, what, options, steps=2) if what == "generation" else step
+    warm_up = step
+    if what == "generation":
+        warm_up = make_step(model, function, inputs, what, options, steps=2)
     found: dict[str, Any] = {}
     if what == "train":
         found["estimated_bytes"] = estimate(model, arm, mode, options, dtype)
@@ -202,7 +218,7 @@ def _measure(
         if what == "train":
             found["attention_share"] = None  # of the forward alone
     else:
-        model.compile_repeated_blocks(fullgraph=True)  # type: ignore[operator]
+        compile_blocks(model.blocks, fullgraph=True)  # type: ignore[arg-type]
     return found | _times(step, warm_up, what, options, device)
 
 
@@ -283,7 +299,7 @@ def estimate(
         fused_optimizer=dtype == torch.bfloat16,
         keep_gradients=False,
         checkpointing=options.checkpointing,
-        compiled=mode == "compiled",
+        compiled=mode != "eager",
         attention_bytes=tables,
     )
     return estimate_memory(shape, parameters_of(model), settings).total
@@ -318,22 +334,23 @@ def make_inputs(size: str, device: torch.device, dtype: torch.dtype) -> dict[str
 
 def make_step(
     model: nn.Module,
+    function: Forward,
     inputs: dict[str, Tensor],
     what: str,
     options: argparse.Namespace,
     *,
     steps: int | None = None,
 ) -> timing.Step:
-    """The function to time.
+    """The function to time; `function` is the model's forward for inference.
 
     step: one forward of one sample, no guidance. train: forward, backward and AdamW's step on the
     flow-matching loss. generation: `steps` (default: the options') steps of UniPC with guidance,
     two forwards each as in diffusers' pipeline, from noise to latents.
     """
     if what == "step":
-        return lambda: forward(model, inputs)
+        return lambda: function(*inputs.values())
     if what == "generation":
-        return lambda: generate(model, inputs, steps or options.steps)
+        return lambda: generate(function, inputs, steps or options.steps)
     model.train()
     if options.checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -352,23 +369,25 @@ def make_step(
 
 
 @torch.no_grad()
-def forward(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def forward(model: nn.Module, latents: Tensor, text: Tensor, timestep: Tensor) -> Tensor:
     """The model's velocity."""
-    velocity: Tensor = model(**inputs, return_dict=False)[0]
+    velocity: Tensor = model(
+        hidden_states=latents, encoder_hidden_states=text, timestep=timestep, return_dict=False
+    )[0]
     return velocity
 
 
 @torch.no_grad()
-def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int) -> Tensor:
+def generate(function: Forward, inputs: dict[str, Tensor], steps: int) -> Tensor:
     """Latents from noise, with guidance 5 between the text and no text."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
     scheduler = build_scheduler("unipc", SHIFT)
     scheduler.set_timesteps(steps, device=latents.device)
     current = latents.float()
     for timestep in scheduler.timesteps:
-        given = {"hidden_states": current.to(latents.dtype), "timestep": timestep.expand(1)}
-        with_text = forward(model, {**given, "encoder_hidden_states": text})
-        without = forward(model, {**given, "encoder_hidden_states": torch.zeros_like(text)})
+        given = current.to(latents.dtype)
+        with_text = function(given, text, timestep.expand(1))
+        without = function(given, torch.zeros_like(text), timestep.expand(1))
         velocity = without + 5.0 * (with_text - without)
         current = scheduler.step(velocity.float(), timestep, current, return_dict=False)[0]
     return current

@@ -20,6 +20,7 @@ _NAMES = {
     "sla-64x64": "SLA\n64x64",
     "sla2": "SLA2",
 }
+_MODES = {"compiled": "compiled", "graph": "compiled,\nCUDA graph"}
 _COLOURS = {"attention": "tab:red", "the rest": "tab:gray"}
 
 
@@ -40,29 +41,30 @@ class Bar:
 def bars(root: Path = RESULTS) -> dict[str, Bar]:
     """Name of a bar to our measurement of a generation with Wan2.1-1.3B.
 
-    All of as many steps, the most that were measured. Attention's part of a compiled model is that
-    of the uncompiled one, whose kernels are the same; without it there is no bar.
+    All of as many steps, the most that were measured. Attention's part is what a single step of the
+    uncompiled model spends in it, whose kernels are the same; without it there is no bar.
     """
-    found = {
-        (m.row["method"], m.row["mode"]): m
+    rows = [
+        m
         for m in end_to_end_rows(root)
-        if (m.row["what"], m.row["size"]) == ("generation", "1.3b")
-        and m.row["ms_median"] is not None
-        and m.row["method"] in _NAMES
-    }
-    most = max((m.row["steps"] for m in found.values()), default=0)
+        if m.row["size"] == "1.3b" and m.row["method"] in _NAMES and m.row["ms_median"] is not None
+    ]
+    found = {tuple(m.row[name] for name in ("what", "method", "mode")): m for m in rows}
+    most = max((m.row["steps"] for m in rows if m.row["what"] == "generation"), default=0)
     drawn: dict[str, Bar] = {}
     for method, name in _NAMES.items():
-        for mode in ("eager", "compiled"):
-            whole, eager = found.get((method, mode)), found.get((method, "eager"))
-            if whole is None or eager is None or eager.row["ms_attention"] is None:
+        for mode in ("eager", "compiled", "graph"):
+            whole = found.get(("generation", method, mode))
+            eager = found.get(("step", method, "eager"))
+            if whole is None or whole.row["steps"] != most:
                 continue
-            if (whole.row["steps"], eager.row["steps"]) != (most, most):
+            if eager is None or eager.row["ms_attention"] is None:
                 continue
-            attention = eager.row["ms_attention"] / 1e3
-            label = name if mode == "eager" else f"{name}\n{mode}"
-            used = (whole,) if whole is eager else (whole, eager)
-            drawn[label] = Bar(attention, whole.row["ms_median"] / 1e3 - attention, used)
+            # Two forwards a step: with the text and without.
+            attention = 2 * most * eager.row["ms_attention"] / 1e3
+            label = name if mode == "eager" else f"{name}\n{_MODES[mode]}"
+            seconds = whole.row["ms_median"] / 1e3
+            drawn[label] = Bar(attention, seconds - attention, (whole, eager))
     return drawn
 
 
@@ -74,7 +76,8 @@ def caption(measured: dict[str, Bar]) -> str:
         "Seconds of a generation with Wan2.1-1.3B (480p, 81 frames; random weights, on which time "
         f"does not depend): {rows[0].row['steps']} steps of UniPC with guidance, from noise to "
         "latents, without text encoder and autoencoder. Filled bars: measured by us; attention is "
-        "the time in self-attention's methods, by events in the uncompiled model. Hollow bars: "
+        "the time in self-attention's methods in one step of the uncompiled model, by events, once "
+        "for each of the generation's forwards. Hollow bars: "
         f"numbers published in the paper, measured on an {PAPER_DEVICE}, not comparable in height "
         "across devices (what its sampler is and what its rest holds it does not say); SLA2's are "
         "of its own paper."

@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 from sla.attention import AttentionMethod
 from sla.data.module import VideoBatch
 from sla.diffusion.flow_matching import FlowMatching, per_sample_noise
+from sla.models.fusion import compile_blocks
 from sla.models.text import TextEncoder
 from sla.models.video_model import VideoModel
 from sla.training.config import OptimConfig
@@ -72,8 +73,7 @@ class DiffusionModule(pl.LightningModule):
         self.val_strata = val_strata
         self.compiled = compile
         if compile:
-            for block in model.repeated_blocks():
-                block.compile()
+            compile_blocks(model.repeated_blocks())
         # In a tuple: a module in there is no part of this one.
         self._teacher = () if teacher is None else (teacher.requires_grad_(False).eval(),)
         self.validation_loss = MeanMetric()
