@@ -224,8 +224,14 @@ def end_to_end(root: Path = RESULTS) -> str:
     head += ["attention's share", "training: peak, GiB", "estimated, GiB"]
     body, used = [], []
     lines = dict.fromkeys(key[:3] for key in by if key[3] != "decode")
-    order = {"flash_attention_2": 0, "cudnn": 1}
-    for size, method, mode in sorted(lines, key=lambda key: (key[0], order.get(key[1], 2))):
+    methods, modes = list(END_TO_END_NAMES), ("eager", "compiled", "graph")
+    order = {
+        key: (key[0], methods.index(key[1]) if key[1] in methods else len(methods), key[1], i)
+        for i, mode in enumerate(modes)
+        for key in lines
+        if key[2] == mode
+    }
+    for size, method, mode in sorted(order, key=order.__getitem__):
         of_line = {what: by.get((size, method, mode, what)) for what in END_TO_END}
         blocks = next((m.row["block_q"], m.row["block_kv"]) for m in of_line.values() if m)
         name = END_TO_END_NAMES.get(method, method)
