@@ -62,9 +62,9 @@ def tiny_wan_autoencoder(seed: int = 0, **changes: Any) -> Any:
         return AutoencoderKLWan(**{**config, **changes})
 
 
-def write_tiny_umt5(folder: Path) -> None:
-    """A UMT5 encoder of width 24 with random weights and a tokenizer of seven words, laid out as
-    Wan's repository."""
+def write_tiny_umt5(folder: Path, width: int = 24) -> None:
+    """A UMT5 encoder with random weights and a tokenizer of seven words, laid out as Wan's
+    repository."""
     import tokenizers
     import transformers
 
@@ -82,7 +82,7 @@ def write_tiny_umt5(folder: Path) -> None:
     )
     config = transformers.UMT5Config(
         vocab_size=len(words),
-        d_model=24,
+        d_model=width,
         d_kv=8,
         d_ff=32,
         num_layers=2,

@@ -102,6 +102,12 @@ def build_data(experiment: Experiment) -> VideoDataModule:
                 "`make latents`, then set data.source=latents and data.cache"
             )
         return data
+    most = getattr(experiment.model, "text_tokens", None)
+    if most is not None and experiment.text_encoder.max_tokens > most:
+        raise RunError(
+            f"text_encoder.max_tokens is {experiment.text_encoder.max_tokens}; it may be at most "
+            f"model.text_tokens, which is {most}"
+        )
     text = load_text_encoder(experiment.text_encoder, experiment.text) if frozen_text else None
     data.cache.check_models(
         load_autoencoder(experiment.autoencoder).identity,
