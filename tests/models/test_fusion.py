@@ -1,0 +1,133 @@
+"""The rest of a transformer, made faster: same numbers, same parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sla.attention import SLAConfig
+from sla.models.diffusers_model import DiffusersVideoModel
+from sla.models.fusion import (
+    CUDAGraphed,
+    FusedGELU,
+    compile_blocks,
+    fuse_feed_forward,
+    linear_gelu,
+)
+from sla.models.wan import _rotate, build_wan
+
+
+def inputs() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    latents = torch.randn(2, 4, 3, 8, 12, generator=generator)
+    text = torch.randn(2, 5, 16, generator=generator)
+    return latents, torch.tensor([900.0, 20.0]), text, mask
+
+
+def build(**options: Any) -> DiffusersVideoModel:
+    return DiffusersVideoModel(build_wan("tiny"), text_tokens=7, **options).eval()
+
+
+@torch.no_grad()
+def test_fusing_changes_neither_outputs_nor_names() -> None:
+    model, batch = build(), inputs()
+    before, names = model(*batch), list(model.state_dict())
+    assert fuse_feed_forward(model) == 2
+    assert fuse_feed_forward(model) == 0, "done once"
+    torch.testing.assert_close(model(*batch), before)
+    assert list(model.state_dict()) == names
+
+
+def test_gradients_pass_through_the_fused_layer() -> None:
+    model, batch = build(), inputs()
+    model(*batch).square().mean().backward()
+    before = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    fuse_feed_forward(model)
+    model(*batch).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, before[name], msg=name)
+
+
+def test_the_operator_is_a_linear_layer_and_the_tanh_gelu() -> None:
+    layer = nn.Linear(8, 12)
+    x = torch.randn(2, 3, 8)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    expected = nn.functional.gelu(layer(x).detach(), approximate="tanh")
+    torch.testing.assert_close(linear_gelu(x, weight, bias), expected)
+    torch.library.opcheck(linear_gelu, (x, weight, bias))
+
+
+@torch.no_grad()
+def test_a_layer_that_is_not_plain_is_called() -> None:
+    """LoRA puts another module in the linear layer's place."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    layer = Doubled(8, 12)
+    x = torch.randn(3, 8)
+    expected = nn.functional.gelu(layer(x), approximate="tanh")
+    torch.testing.assert_close(FusedGELU(layer)(x), expected)
+
+
+@torch.no_grad()
+def test_compiled_blocks_give_the_same() -> None:
+    model, batch = build(), inputs()
+    before = model(*batch)
+    fuse_feed_forward(model)
+    compile_blocks(model.repeated_blocks(), fullgraph=True)
+    torch.testing.assert_close(model(*batch), before, atol=1e-5, rtol=1e-5)
+
+
+def test_rotation_is_that_of_complex_numbers() -> None:
+    x = torch.randn(2, 5, 3, 8)
+    angle = torch.randn(1, 5, 1, 4)
+    cos, sin = (f(angle).repeat_interleave(2, dim=-1) for f in (torch.cos, torch.sin))
+    pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)))
+    expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+    torch.testing.assert_close(_rotate(x, cos, sin), expected)
+
+
+def test_on_a_cpu_nothing_is_captured() -> None:
+    calls = []
+    function = CUDAGraphed(lambda x: calls.append(1) or x + 1)
+    x = torch.zeros(2)
+    for _ in range(2):
+        assert torch.equal(function(x), x + 1)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_text_that_is_padding_has_no_say() -> None:
+    """As in Wan's pipeline: zeros after the caption, whatever the encoder left there."""
+    model, (latents, timestep, text, mask) = build(attention_config=SLAConfig()), inputs()
+    before = model(latents, timestep, text, mask)
+    changed = text.masked_fill(~mask.unsqueeze(-1), 9.0)
+    assert torch.equal(model(latents, timestep, changed, mask), before)
+    short = model(latents[1:], timestep[1:], text[1:, :2], mask[1:, :2])
+    torch.testing.assert_close(short, before[1:])
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda x: x[:, :3], r"latents have shape .*\(B, 4, T, H, W\)"),
+        (0, lambda x: x[..., :11], "width of the latents is 11; it must be a positive multiple"),
+        (1, lambda t: t[:1], r"timestep has shape \(1,\); it must be \(2,\)"),
+        (2, lambda t: t[..., :15], r"text has shape .*it must be \(2, L, 16\)"),
+        (2, lambda t: torch.cat((t, t), 1), "text has 10 tokens; it may have at most 7"),
+        (3, lambda m: m[:, :4], r"text_mask has shape \(2, 4\)"),
+        (3, lambda m: m.float(), "text_mask is torch.float32"),
+    ],
+)
+def test_bad_inputs_are_named(place: int, change: Any, message: str) -> None:
+    batch = list(inputs())
+    batch[place] = change(batch[place])
+    with pytest.raises((ValueError, TypeError), match=message):
+        build()(*batch)
