@@ -84,11 +84,17 @@ def test_a_run_leaves_what_it_promises(pretrained: Path) -> None:
     assert set(losses(pretrained, "val/loss")) == {2, 5}
     for tag in ("lr-AdamW/pg1", "throughput/tokens_per_s", "attention/critical"):
         assert losses(pretrained, tag), tag
+    for tag in ("gradient_norm/mlp", "train/loss_stratum_0", "throughput/model_tflops_per_s"):
+        assert losses(pretrained, tag), tag
     names = {path.name for path in (pretrained / "samples").iterdir()}
     assert {"full-0.mp4", "side_by_side.mp4", "side_by_side.png", "prompts.json"} <= names
     events = EventAccumulator(str(pretrained / "tensorboard"))
     events.Reload()
     assert events.Images("samples")[0].encoded_image_string.startswith(b"GIF8")
+    assert (
+        b"optim | learning_rate"
+        in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+    )
 
 
 def test_a_run_that_goes_on_equals_the_uninterrupted_one(config: Path, pretrained: Path) -> None:

@@ -169,6 +169,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
+    consolidate = commands.add_parser(
+        "consolidate", help="make one file, or a model, of a sharded checkpoint"
+    )
+    consolidate.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="runs/NAME/checkpoints/last.ckpt"
+    )
+    consolidate.add_argument(
+        "out", type=Path, metavar="OUT", help="FILE.ckpt to go on from, or a folder for the model"
+    )
+    consolidate.set_defaults(run=_consolidate)
+
     return parser
 
 
@@ -281,6 +292,12 @@ def _figures(options: argparse.Namespace) -> int:
     for path in drawn:
         print(path)
     return 0 if drawn else 1
+
+
+def _consolidate(options: argparse.Namespace) -> None:
+    from sla.cli.consolidate import consolidate
+
+    consolidate(options.checkpoint, options.out)
 
 
 def _convert(options: argparse.Namespace) -> None:

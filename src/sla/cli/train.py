@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from sla.cli import weights
 from sla.cli.data import ensure
 from sla.cli.quiet import quiet_lightning
 from sla.config import load_experiment, to_dict
@@ -34,7 +35,7 @@ def finetune(config: Path, overrides: Sequence[str], *, record: bool = False) ->
     _ensure_data(experiment.data)
     summary = run.finetune(experiment, to_dict(experiment))
     _finish("finetune", summary, experiment, record)
-    _print_finetune(summary, Path(experiment.run.dir) / experiment.run.name)
+    _print_finetune(summary, experiment)
 
 
 @rank_zero_only
@@ -55,8 +56,8 @@ def _print(summary: dict[str, Any]) -> None:
 
 
 @rank_zero_only
-def _print_finetune(summary: dict[str, Any], folder: Path) -> None:
-    name = summary["attention"]
+def _print_finetune(summary: dict[str, Any], experiment: Experiment) -> None:
+    name, folder = summary["attention"], Path(experiment.run.dir) / experiment.run.name
     rows = [
         ("validation loss", "full attention", f"{summary['full_val_loss']:.5f}"),
         ("", f"{name} swapped in", f"{summary['sla_val_loss_before']:.5f}"),
@@ -68,7 +69,7 @@ def _print_finetune(summary: dict[str, Any], folder: Path) -> None:
         ("peak memory", "", f"{summary['peak_bytes'] / 2**30:.2f} GiB"),
         ("curves", "", f"{folder / 'tensorboard'} (make tensorboard)"),
         ("samples", "", f"{folder / 'samples'} (side_by_side.mp4: before and after)"),
-        ("weights", "", str(folder / "model.safetensors")),
+        ("weights", "", str(weights.newest(experiment))),
         ("summary", "", str(folder / "summary.json")),
     ]
     blocks = ", ".join(

@@ -446,11 +446,16 @@ class VideoDataModule(lightning.LightningDataModule):
 
     Args:
         config: see `DataConfig`.
+
+    Attributes:
+        ranks_per_sample: P neighbouring ranks are given the same samples; may be set before the
+            loaders are made.
     """
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__()
         self.config = config
+        self.ranks_per_sample = 1
         self.start_sample = 0
         self._consumed = 0
         self._clips: ClipSet | None = None
@@ -689,11 +694,12 @@ class VideoDataModule(lightning.LightningDataModule):
         )
 
     def _rank(self) -> tuple[int, int]:
+        rank, world_size = 0, 1
         if self.trainer is not None:
-            return self.trainer.global_rank, self.trainer.world_size
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
+            rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        elif torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return rank // self.ranks_per_sample, world_size // self.ranks_per_sample
 
     # Resume
 

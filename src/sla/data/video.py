@@ -296,7 +296,9 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float, *, crf
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1  # small pictures; also the same bytes everywhere
+        # Small pictures. The bytes may differ from run to run all the same: x264's macroblock trees
+        # do, and without them a file is twice as large.
+        stream.codec_context.thread_count = 1
         stream.options = {"crf": str(crf), "preset": "medium"}
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")

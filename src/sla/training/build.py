@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,22 @@ from sla.training.callbacks import (
 )
 from sla.training.config import Experiment, TrainerConfig
 from sla.training.module import DiffusionModule
+from sla.training.monitors import (
+    ConfigCard,
+    FlopsUtilisation,
+    GradientNorms,
+    LossByTimestep,
+    RoutingMonitor,
+)
 from sla.training.run_folder import RunError
+from sla.training.sharing import check_can_share
+from sla.training.strategy import (
+    FSDP2,
+    ShardedAverage,
+    ShardedDiffusionModule,
+    build_strategy,
+    check_ranks,
+)
 
 # Frozen networks by their configs: a run needs each in several places, and never changes it.
 _autoencoders: dict[tuple[Any, ...], VideoAutoencoder] = {}
@@ -93,6 +108,7 @@ def build_data(experiment: Experiment) -> VideoDataModule:
         FileNotFoundError, ValueError: the run's own models cannot be loaded.
     """
     data = VideoDataModule(experiment.data)
+    data.ranks_per_sample = experiment.trainer.sequence_parallel
     frozen_text = experiment.text_encoder.name != "bytes"
     if experiment.data.source != "latents":
         if experiment.autoencoder.name != "pixel" or frozen_text:
@@ -103,7 +119,7 @@ def build_data(experiment: Experiment) -> VideoDataModule:
             )
         return data
     most = getattr(experiment.model, "text_tokens", None)
-    if most is not None and experiment.text_encoder.max_tokens > most:
+    if frozen_text and most is not None and experiment.text_encoder.max_tokens > most:
         raise RunError(
             f"text_encoder.max_tokens is {experiment.text_encoder.max_tokens}; it may be at most "
             f"model.text_tokens, which is {most}"
@@ -154,11 +170,18 @@ def build_flow(experiment: Experiment) -> FlowMatching:
 def build_module(
     experiment: Experiment,
     model: VideoModel,
-    text_encoder: ByteTextEncoder | FrozenTextEncoder,
+    text_encoder: TextEncoder,
     teacher: VideoModel | None = None,
 ) -> DiffusionModule:
-    """The LightningModule around given networks."""
-    return DiffusionModule(
+    """The LightningModule around given networks.
+
+    Raises:
+        RunError: `trainer.sequence_parallel` is not for this model.
+    """
+    config = experiment.trainer
+    check_can_share(model, experiment.model.name, config.sequence_parallel)
+    module_class = ShardedDiffusionModule if config.strategy == FSDP2 else DiffusionModule
+    return module_class(
         model,
         text_encoder,
         build_flow(experiment),
@@ -168,6 +191,7 @@ def build_module(
         val_strata=experiment.trainer.val_strata,
         compile=experiment.trainer.compile,
         teacher=teacher,
+        sequence_parallel=config.sequence_parallel,
     )
 
 
@@ -194,7 +218,7 @@ def _hardware(config: TrainerConfig) -> dict[str, Any]:
     return {
         "accelerator": config.accelerator,
         "devices": devices,
-        "strategy": config.strategy,
+        "strategy": build_strategy(config),
         "num_nodes": config.num_nodes,
         "precision": resolve_precision(config),
         # The data module splits samples over ranks itself, resumably.
@@ -206,8 +230,12 @@ def _hardware(config: TrainerConfig) -> dict[str, Any]:
 
 
 def build_evaluator(experiment: Experiment) -> pl.Trainer:
-    """A Trainer for `validate` alone: no files, no averaging."""
-    return pl.Trainer(
+    """A Trainer for `validate` alone: no files, no averaging.
+
+    Raises:
+        RunError: `trainer.sequence_parallel` does not divide the ranks.
+    """
+    trainer = pl.Trainer(
         **_hardware(experiment.trainer),
         logger=False,
         callbacks=[AttentionStatistics()],
@@ -215,6 +243,8 @@ def build_evaluator(experiment: Experiment) -> pl.Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    check_ranks(experiment.trainer, trainer.num_devices * trainer.num_nodes)
+    return trainer
 
 
 def build_trainer(
@@ -225,6 +255,9 @@ def build_trainer(
     Args:
         folder: the run's folder; gets `checkpoints/` and `tensorboard/`.
         callbacks: added to the run's own.
+
+    Raises:
+        RunError: as `build_evaluator`.
     """
     config, optim = experiment.trainer, experiment.optim
     own: list[Callback] = [
@@ -233,15 +266,21 @@ def build_trainer(
         Throughput(config.log_every),
         LearningRateMonitor("step"),
         AttentionStatistics(),
+        RoutingMonitor(),
+        GradientNorms(config.log_every),
+        LossByTimestep(config.val_strata, config.log_every * optim.accumulate),
+        FlopsUtilisation(config.log_every * optim.accumulate),
+        ConfigCard(asdict(experiment)),
         LastCheckpoint(folder / "checkpoints", config.checkpoint_every, config.log_every),
         best_checkpoint(folder / "checkpoints"),
     ]
     if optim.ema_decay:
-        own.insert(0, EMAWeightAveraging(decay=optim.ema_decay, use_buffers=False))
+        averaging = ShardedAverage if config.strategy == FSDP2 else EMAWeightAveraging
+        own.insert(0, averaging(decay=optim.ema_decay, use_buffers=False))
     if config.progress_bar:
         # Into a file the bar writes a line each time: fewer of them.
         own.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20))
-    return pl.Trainer(
+    trainer = pl.Trainer(
         **_hardware(config),
         max_steps=config.max_steps,
         max_epochs=-1,
@@ -256,3 +295,5 @@ def build_trainer(
         enable_progress_bar=config.progress_bar,
         enable_model_summary=False,
     )
+    check_ranks(config, trainer.num_devices * trainer.num_nodes)
+    return trainer

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from sla.analysis import LayerStatistics, mean_statistics, observe_attention
 from sla.data.module import VideoDataModule
 from sla.data.video import gif_bytes, grid
 from sla.training.module import DiffusionModule
+from sla.training.sharing import mean_over_group
+from sla.training.strategy import whole_methods
 
 
 class DataPosition(Callback):
@@ -38,7 +39,7 @@ class DataPosition(Callback):
     ) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, VideoDataModule)
-        per_batch = len(batch["sample_index"]) * trainer.world_size
+        per_batch = len(batch["sample_index"]) * trainer.world_size // data.ranks_per_sample
         data.set_consumed(data.consumed + per_batch)
 
 
@@ -99,7 +100,7 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, DiffusionModule)
-        samples = len(batch["sample_index"]) * trainer.world_size
+        samples = len(batch["sample_index"]) * trainer.world_size // pl_module.sequence_parallel
         self._samples += samples
         self._tokens += samples * pl_module.tokens(batch["video"])
         if (batch_idx + 1) % self.every:
@@ -114,7 +115,10 @@ class Throughput(Callback):
 
 
 class AttentionStatistics(Callback):
-    """Logs block classes and the error against exact attention on the first validation batch."""
+    """Logs block classes and the error against exact attention on the first validation batch.
+
+    Ranks that share a sample measure their heads; then errors are means over the ranks.
+    """
 
     def __init__(self) -> None:
         self._observing = ExitStack()
@@ -130,6 +134,7 @@ class AttentionStatistics(Callback):
     ) -> None:
         if batch_idx == 0:
             assert isinstance(pl_module, DiffusionModule)
+            self._observing.enter_context(whole_methods(pl_module))
             self._observed = self._observing.enter_context(observe_attention(pl_module.model))
 
     def on_validation_batch_end(
@@ -144,11 +149,15 @@ class AttentionStatistics(Callback):
         if batch_idx != 0:
             return
         self._observing.close()
+        assert isinstance(pl_module, DiffusionModule)
         mean = mean_statistics(self._observed)
-        for name in ("error", "error_l1", "critical", "marginal", "negligible"):
+        names = ("error", "error_l1", "critical", "marginal", "negligible")
+        values = [getattr(mean, name) for name in names]
+        values = mean_over_group(values, pl_module.sequence_parallel, pl_module.device)
+        for name, value in zip(names, values, strict=True):
             pl_module.log(
                 f"attention/{name}",
-                getattr(mean, name),
+                value,
                 on_step=False,
                 on_epoch=True,
                 batch_size=1,
@@ -165,7 +174,8 @@ class SampleVideos(Callback):
     """Writes sample videos to TensorBoard as an animated grid, every n steps.
 
     Args:
-        sample: makes the samples of a module: uint8 (prompts, T, H, W, 3).
+        sample: makes the samples of a module: uint8 (prompts, T, H, W, 3). Called on rank 0, or on
+            all ranks if the module needs them.
         every: training steps between two samples; 0 for none.
         fps: frames per second of the animation.
     """
@@ -177,7 +187,6 @@ class SampleVideos(Callback):
         self.every = every
         self.fps = fps
 
-    @rank_zero_only
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -186,11 +195,15 @@ class SampleVideos(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        if not (trainer.is_global_zero or pl_module.collective):
+            return
         step = trainer.global_step
         due = self.every and step % self.every == 0 and step < trainer.max_steps
         if due and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            assert isinstance(pl_module, DiffusionModule)
-            log_videos(trainer.logger, self.sample(pl_module), step, self.fps)
+            videos = self.sample(pl_module)
+            if trainer.is_global_zero:
+                log_videos(trainer.logger, videos, step, self.fps)
 
 
 def log_videos(logger: Any, videos: np.ndarray, step: int, fps: float) -> None:

@@ -144,8 +144,13 @@ class TrainerConfig:
 
     Attributes:
         max_steps: optimiser steps of the whole run.
-        accelerator, devices, strategy, num_nodes: as Lightning's; `auto` uses a GPU if there is
-            one.
+        accelerator, devices, num_nodes: as Lightning's; `auto` uses a GPU if there is one. Nodes
+            are started by torchrun or SLURM, whose environment Lightning reads.
+        strategy: `auto` and `ddp` as Lightning's, every rank with the whole model; or `fsdp2`,
+            weights, gradients, optimiser and average in equal parts on all ranks, and checkpoints
+            in folders (`python -m sla consolidate` makes one file of such a folder).
+        sequence_parallel: neighbouring ranks that share the tokens of each sample, with any
+            strategy; `data.batch_size` is then of such a group. 1 for none; more for `wan` alone.
         precision: `auto` is bf16-mixed on a GPU that has bf16 and 32-true elsewhere.
         compile: torch.compile the network.
         activation_checkpointing: recompute each block in the backward to save memory.
@@ -160,6 +165,7 @@ class TrainerConfig:
     accelerator: str = "auto"
     devices: str = "auto"
     strategy: str = "auto"
+    sequence_parallel: int = 1
     num_nodes: int = 1
     precision: str = "auto"
     compile: bool = False
@@ -171,7 +177,8 @@ class TrainerConfig:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "val_every", "val_strata", "checkpoint_every", "log_every"):
+        steps = ("max_steps", "val_every", "val_strata", "checkpoint_every", "log_every")
+        for name in (*steps, "sequence_parallel"):
             _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), ">= 1")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from sla.data.video import to_frames
 from sla.diffusion.flow_matching import FlowMatching
@@ -67,6 +68,9 @@ def generate_videos(
         uint8 (prompts, T, H, W, C), of pixels.
     """
     device = next(model.parameters()).device
+    # As it is: compiling for these shapes would take longer than sampling. A sharded model is put
+    # together by its hooks.
+    network = model if isinstance(model, FSDPModule) else model.forward
     clock = _Clock(device)
 
     def generate(i: int, prompt: str) -> np.ndarray:
@@ -88,7 +92,7 @@ def generate_videos(
                 progress(i * total + done, len(prompts) * total)
 
         video = sample(
-            model.forward,  # as it is: compiling for these shapes would take longer than sampling
+            network,
             noise,
             text,
             text_mask,

@@ -11,8 +11,14 @@ import logging
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
+from sla.attention.config import BlockSparseConfig
+from sla.models.families import WanConfig
+from sla.models.video_model import Grid, VideoModel
+from sla.models.wan_sizes import WAN_CONFIGS
+from sla.training.config import Experiment
 from sla.training.run_folder import RunError
 
 log = logging.getLogger(__name__)
@@ -335,6 +341,73 @@ def parameters_of(module: nn.Module) -> ParameterCounts:
     ]
     frozen = sum(p.numel() for p in found) - trainable
     return ParameterCounts(trainable, frozen, max(blocks, default=0))
+
+
+def check_run(experiment: Experiment, model: VideoModel, grid: Grid, gpus: int) -> None:
+    """Before training starts: whether a run fits the GPUs that it is given.
+
+    On a CPU it says nothing, nor of models that the estimate is not made for.
+
+    Args:
+        model: with what is trained and its attention.
+        grid: token grid of a sample.
+        gpus: in all.
+
+    Raises:
+        RunError: it does not; see `check_memory`.
+    """
+    if not torch.cuda.is_available() or experiment.trainer.accelerator == "cpu":
+        return
+    estimate = estimate_run(experiment, model, grid, gpus)
+    if estimate is None:
+        return
+    log.info("GPU memory: about %s needed", _gib(estimate.total))
+    check_memory(estimate, torch.cuda.get_device_properties().total_memory)
+
+
+def estimate_run(
+    experiment: Experiment, model: VideoModel, grid: Grid, gpus: int = 1
+) -> MemoryEstimate | None:
+    """What a run needs on each GPU in bf16-mixed; None for a model whose blocks are not Wan's.
+
+    Args as `check_run`.
+    """
+    if not isinstance(experiment.model, WanConfig):
+        return None
+    sizes = WAN_CONFIGS[experiment.model.size]
+    trainer, optim, attention = experiment.trainer, experiment.optim, model.attention_config
+    heads = sizes["num_attention_heads"]
+    ranks = trainer.sequence_parallel
+    tokens = math.ceil(math.prod(grid) / ranks)
+    shape = TransformerShape(
+        width=heads * sizes["attention_head_dim"],
+        mlp_width=sizes["ffn_dim"],
+        depth=sizes["num_layers"],
+        heads=heads,
+        tokens=tokens,
+        text_tokens=experiment.model.text_tokens,
+    )
+    tables = 0
+    if isinstance(attention, BlockSparseConfig):
+        blocks = (attention.block_q, attention.block_kv, attention.critical)
+        tables = block_table_bytes(max(1, heads // ranks), math.prod(grid), *blocks)
+    parameters = parameters_of(model)
+    teacher = parameters.total if experiment.flow.target == "teacher" else 0
+    settings = MemorySettings(
+        batch=experiment.data.batch_size,
+        compute_bytes=4 if "32" in trainer.precision else 2,
+        accumulate=optim.accumulate,
+        average=optim.ema_decay > 0,
+        teacher_parameters=teacher,
+        checkpointing=trainer.activation_checkpointing,
+        compiled=trainer.compile,
+        strategy={"fsdp2": "fsdp", "ddp": "ddp"}.get(
+            trainer.strategy, "ddp" if gpus > 1 else "single"
+        ),
+        gpus=gpus,
+        attention_bytes=tables,
+    )
+    return estimate_memory(shape, parameters, settings)
 
 
 def block_table_bytes(heads: int, tokens: int, block_q: int, block_kv: int, critical: float) -> int:

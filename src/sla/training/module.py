@@ -23,6 +23,7 @@ from sla.models.fusion import compile_blocks
 from sla.models.text import TextEncoder
 from sla.models.video_model import VideoModel
 from sla.training.config import OptimConfig
+from sla.training.sharing import share_tokens
 
 # Validation noise is drawn from a stream of its own, the same for every run and arm, so that
 # validation losses can be compared pair by pair.
@@ -48,6 +49,8 @@ class DiffusionModule(pl.LightningModule):
         compile: run the blocks of training steps and samples through torch.compile.
         teacher: the frozen model whose velocity is learned in place of the data's; not a part of
             this module: it is neither stored nor averaged.
+        sequence_parallel: ranks that share the tokens of a sample, P: in a Trainer, ranks k P to
+            k P + P - 1 do, and are given the same batches. Above 1 for Wan's models alone.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class DiffusionModule(pl.LightningModule):
         val_strata: int,
         compile: bool = False,
         teacher: VideoModel | None = None,
+        sequence_parallel: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
@@ -71,6 +75,7 @@ class DiffusionModule(pl.LightningModule):
         self.seed = seed
         self.max_steps = max_steps
         self.val_strata = val_strata
+        self.sequence_parallel = sequence_parallel
         self.compiled = compile
         if compile:
             compile_blocks(model.repeated_blocks())
@@ -78,6 +83,27 @@ class DiffusionModule(pl.LightningModule):
         self._teacher = () if teacher is None else (teacher.requires_grad_(False).eval(),)
         self.validation_loss = MeanMetric()
         self.bucket_losses = nn.ModuleList(MeanMetric() for _ in range(val_strata))
+
+    @property
+    def teachers(self) -> tuple[VideoModel, ...]:
+        """The teacher, or none."""
+        return self._teacher
+
+    @property
+    def collective(self) -> bool:
+        """Whether the model's forward needs all ranks, in validation and sampling too."""
+        return self.sequence_parallel > 1
+
+    @property
+    def gathered_in(self) -> torch.dtype | None:
+        """Dtype in which linear layers are found in a forward; None for that of their weights."""
+        return None
+
+    def setup(self, stage: str) -> None:
+        """Called by each Trainer, with processes there; attention may have been swapped since."""
+        if self.sequence_parallel > 1:
+            for model in (self.model, *self._teacher):
+                share_tokens(model, self.sequence_parallel)
 
     def tokens(self, video: Tensor) -> int:
         """Video tokens of one sample of a (B, C, T, H, W) batch."""
@@ -132,7 +158,8 @@ class DiffusionModule(pl.LightningModule):
             return self.text_encoder(batch["token_ids"].to(self.device), mask), mask
         return self.text_encoder.encode(batch["caption"])
 
-    def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> dict[str, Any]:
+        """The loss, and what callbacks watch: each sample's loss and uniform draw."""
         noise, u = per_sample_noise(
             batch["sample_index"],
             self.seed,
@@ -140,9 +167,10 @@ class DiffusionModule(pl.LightningModule):
             self.device,
             draw_on=self.device,
         )
-        loss = self.losses(batch, self.flow.sample_sigma(u), noise, training=True).mean()
+        losses = self.losses(batch, self.flow.sample_sigma(u), noise, training=True)
+        loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(u), sync_dist=True)
-        return loss
+        return {"loss": loss, "losses": losses.detach(), "u": u}
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
         for stratum in range(self.val_strata):

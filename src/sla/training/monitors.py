@@ -73,7 +73,9 @@ class GradientNorms(Callback):
             if parameter.grad is not None:
                 gradients[part_of(name, parameter, own)].append(parameter.grad)
         for part, tensors in gradients.items():
-            pl_module.log(f"gradient_norm/{part}", total_norm(tensors))
+            # Lightning would keep what is logged here for the end of an epoch.
+            norm = total_norm(tensors)
+            pl_module.log(f"gradient_norm/{part}", norm, on_step=True, on_epoch=False)
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
@@ -183,7 +185,7 @@ class FlopsUtilisation(Callback):
         assert isinstance(pl_module, DiffusionModule)
         video = batch["video"]
         grid = pl_module.model.grid(video.shape)
-        sample = (grid, outputs["text_tokens"])
+        sample = (grid, self._text_tokens(batch))
         if sample not in self._of_sample:
             self._of_sample[sample] = FORWARDS_OF_A_STEP * forward_flops(pl_module.model, *sample)
         self._flops += len(video) * self._of_sample[sample]
@@ -200,6 +202,13 @@ class FlopsUtilisation(Callback):
         if peak:
             pl_module.log("throughput/model_flops_utilisation", rate / peak, rank_zero_only=True)
         self.on_train_start(trainer, pl_module)
+
+    @staticmethod
+    def _text_tokens(batch: Any) -> int:
+        """Of a batch whose text is encoded, or tokenised; of one with captions alone the bytes."""
+        if "text_mask" in batch:
+            return int(batch["text_mask"].shape[1])
+        return max(len(caption.encode()) for caption in batch["caption"])
 
 
 class RoutingMonitor(Callback):

@@ -8,7 +8,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sla.attention import FullConfig
 from sla.data.module import VideoDataModule
 from sla.data.video import grid, picture_strip, write_picture, write_video
 from sla.models.families import RANDOM, family
+from sla.models.text import TextEncoder
 from sla.models.video_model import VideoModel
 from sla.training.build import (
     build_data,
@@ -35,9 +37,20 @@ from sla.training.build import (
 from sla.training.callbacks import SampleVideos, log_videos
 from sla.training.config import Experiment
 from sla.training.generation import StageSeconds, generate_videos
+from sla.training.memory import check_run
 from sla.training.module import DiffusionModule
 from sla.training.router import load_router
 from sla.training.run_folder import RunError, RunFolder, is_rank_zero, open_run
+from sla.training.strategy import (
+    FSDP2,
+    ShardedDiffusionModule,
+    is_sharded,
+    is_sharded_checkpoint,
+    load_weights,
+    stored_shapes,
+    stored_step,
+    whole_state,
+)
 from sla.training.trainable import choose_trainable, merge_lora
 
 log = logging.getLogger(__name__)
@@ -65,7 +78,7 @@ def pretrain(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
         return finished
     data = build_data(experiment)
     model, text_encoder = build_networks(experiment, weights=experiment.run.init_weights or RANDOM)
-    choose_trainable(model, text_encoder, experiment.optim)
+    _choose_trainable(experiment, model, text_encoder)
     module = build_module(experiment, model, text_encoder)
     trainer = _fit(experiment, folder, module, data)
     after = evaluate(experiment, module, data)
@@ -100,14 +113,17 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     data = build_data(experiment)
 
     full = FullConfig(tile=experiment.attention.tile)
-    model, text_encoder = build_networks(experiment, full, experiment.run.init_weights)
-    teacher = None
-    if experiment.flow.target == "teacher":
-        teacher, _ = build_networks(experiment, full, experiment.run.init_weights)
-    module = build_module(experiment, model, text_encoder, teacher)
-    baseline = _baseline(experiment, folder, module, data)
-    _swap_in(experiment, model)
-    choose_trainable(model, text_encoder, experiment.optim)
+
+    def build() -> DiffusionModule:
+        model, text_encoder = build_networks(experiment, full, experiment.run.init_weights)
+        teacher = None
+        if experiment.flow.target == "teacher":
+            teacher, _ = build_networks(experiment, full, experiment.run.init_weights)
+        return build_module(experiment, model, text_encoder, teacher)
+
+    module, baseline = _baseline(experiment, folder, build, data)
+    _swap_in(experiment, module.model)
+    _choose_trainable(experiment, module.model, module.text_encoder)
 
     first = {
         "val/loss": baseline["sla_val_loss_before"],
@@ -118,11 +134,15 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     after = evaluate(experiment, module, data)
     _export(experiment, folder, module, resolved)
 
-    if teacher is None:
+    text_encoder = module.text_encoder
+    if module.teachers:
+        teacher = module.teachers[0]
+    else:
         teacher, text_encoder = build_networks(experiment, full, experiment.run.init_weights)
     pretrained = build_module(experiment, teacher, text_encoder)
-    tokens = model.grid(_video_shape(experiment))
-    flops = [sum(m.flops(tokens) for m in net.attention_modules()) for net in (model, teacher)]
+    tokens = teacher.grid(_video_shape(experiment))
+    models = (module.model, teacher)
+    flops = [sum(m.flops(tokens) for m in model.attention_modules()) for model in models]
     summary = {
         "name": experiment.run.name,
         "attention": experiment.attention.name,
@@ -158,16 +178,25 @@ class Measured:
 
 
 def _baseline(
-    experiment: Experiment, folder: RunFolder, module: DiffusionModule, data: VideoDataModule
-) -> dict[str, float]:
-    """Measures before any fine-tuning; kept, so that a resumed run has them."""
+    experiment: Experiment,
+    folder: RunFolder,
+    build: Callable[[], DiffusionModule],
+    data: VideoDataModule,
+) -> tuple[DiffusionModule, dict[str, float]]:
+    """Measures before any fine-tuning; kept, so that a resumed run has them.
+
+    Also returns a pretrained module that attention may be swapped into: measuring shards it with
+    `fsdp2`, and then another one is built.
+    """
+    module = build()
     path = folder.path / "baseline.json"
     if path.is_file():
         stored = json.loads(path.read_text())
         assert isinstance(stored, dict)
-        return stored
+        return module, stored
     full = evaluate(experiment, module, data)
     log.info(f"full attention: validation loss {full.loss:.5f}")
+    module = build() if is_sharded(module) else module
     _swap_in(experiment, module.model)
     swapped = evaluate(experiment, module, data)
     log.info(
@@ -181,14 +210,28 @@ def _baseline(
     }
     if is_rank_zero():
         folder.write_json("baseline.json", baseline)
-    return baseline
+    return build() if is_sharded(module) else module, baseline
 
 
 def _swap_in(experiment: Experiment, model: VideoModel) -> None:
     """Give the model the experiment's attention, with its routers of stage 1 if there are any."""
-    model.set_attention(experiment.attention)
+    with _drawing(experiment):
+        model.set_attention(experiment.attention)
     if experiment.run.router_weights is not None:
         load_router(experiment.run.router_weights, model)
+
+
+def _choose_trainable(experiment: Experiment, model: VideoModel, text_encoder: TextEncoder) -> None:
+    with _drawing(experiment):
+        choose_trainable(model, text_encoder, experiment.optim)
+
+
+@contextmanager
+def _drawing(experiment: Experiment) -> Iterator[None]:
+    """Draw the same on every rank, each of which keeps another part of it with `fsdp2`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(experiment.run.seed)
+        yield
 
 
 def evaluate(experiment: Experiment, module: DiffusionModule, data: VideoDataModule) -> Measured:
@@ -219,12 +262,25 @@ def _fit(
     sampling = experiment.sampling
     callbacks = [SampleVideos(samples, sampling.every, sampling.fps)]
     trainer = build_trainer(experiment, folder.path, callbacks)
+    grid_of_tokens = module.model.grid(_video_shape(experiment))
+    check_run(experiment, module.model, grid_of_tokens, trainer.num_devices * trainer.num_nodes)
     if folder.checkpoint is not None:
+        sharded = is_sharded_checkpoint(folder.checkpoint)
+        if sharded and experiment.trainer.strategy != FSDP2:
+            raise RunError(
+                f"{folder.checkpoint} is sharded, and trainer.strategy is "
+                f"{experiment.trainer.strategy!r}: set trainer.strategy=fsdp2 (any number of "
+                f"devices will do), or make one file of it with `python -m sla consolidate "
+                f"{folder.checkpoint} FILE.ckpt` and set run.resume=FILE.ckpt"
+            )
         stored = check_checkpoint(folder.checkpoint, module)
         if stored["global_step"] >= experiment.trainer.max_steps:
             # Trained already, interrupted later: `fit` would leave out its end, where the averaged
             # weights (which `state_dict` holds) take their place.
-            module.load_state_dict(stored["state_dict"])
+            if sharded:
+                load_weights(folder.checkpoint, module)
+            else:
+                module.load_state_dict(stored["state_dict"])
             return trainer
         log.info(f"going on from {folder.checkpoint}")
     elif first_metrics and trainer.logger is not None:
@@ -243,14 +299,20 @@ def _fit(
 def check_checkpoint(path: Path, module: DiffusionModule) -> dict[str, Any]:
     """Read a checkpoint, which must be of this network.
 
+    Returns:
+        What it holds; of a folder of shards `global_step` alone.
+
     Raises:
         RunError: unreadable, or its parameters differ in name or shape; lists them.
     """
+    checkpoint: dict[str, Any]
     try:
-        checkpoint: dict[str, Any] = torch.load(
-            path, map_location="cpu", weights_only=False, mmap=True
-        )
-        stored = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
+        if path.is_dir():
+            stored = stored_shapes(path)
+            checkpoint = {"global_step": stored_step(path)}
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+            stored = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
     except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
         raise RunError(f"{path} is not a readable checkpoint: {error}") from error
     wanted = {name: tuple(t.shape) for name, t in module.state_dict().items()}
@@ -300,15 +362,14 @@ def sample_videos(
 ) -> np.ndarray:
     """Videos of the prompts, uint8 (prompts, T, H, W, C), on the module's device.
 
-    On a GPU in bf16 autocast. `progress` is called with (steps done, steps in all), `timings`
-    after each video.
+    In bf16 autocast on a GPU, and where sharded weights are gathered in bf16. `progress` is called
+    with (steps done, steps in all), `timings` after each video.
     """
     training = module.training
     module.eval()
     try:
-        with torch.autocast(
-            module.device.type, torch.bfloat16, enabled=module.device.type == "cuda"
-        ):
+        in_bf16 = module.device.type == "cuda" or module.gathered_in == torch.bfloat16
+        with torch.autocast(module.device.type, torch.bfloat16, enabled=in_bf16):
             return generate_videos(
                 module.model,
                 module.text_encoder,
@@ -324,7 +385,6 @@ def sample_videos(
         module.train(training)
 
 
-@rank_zero_only
 def _write_samples(
     experiment: Experiment,
     folder: RunFolder,
@@ -332,16 +392,26 @@ def _write_samples(
     data: VideoDataModule,
     trainer: pl.Trainer,
 ) -> None:
-    """Videos of every model at the same prompts and seeds, and all of them side by side."""
+    """Videos of every model at the same prompts and seeds, and all of them side by side.
+
+    Rank 0 writes them; where a model's forward needs all ranks, these sample along.
+    """
     prompts = default_prompts(experiment, data)
-    if not prompts:
+    together_only = any(module.collective for module in modules.values())
+    if not prompts or not (is_rank_zero() or together_only):
         return
-    folder.samples.mkdir(exist_ok=True)
     device = trainer.strategy.root_device  # `fit` leaves the module on the CPU
     rows = {}
     for name, module in modules.items():
-        log.info(f"sampling {len(prompts)} videos with {name}")
+        if is_rank_zero():
+            log.info(f"sampling {len(prompts)} videos with {name}")
+        if isinstance(module, ShardedDiffusionModule):
+            module.shard(trainer)
         rows[name] = sample_videos(experiment, module.to(device), prompts)
+    if not is_rank_zero():
+        return
+    folder.samples.mkdir(exist_ok=True)
+    for name in rows:
         for i, video in enumerate(rows[name]):
             write_video(folder.samples / f"{name}-{i}.mp4", video, experiment.sampling.fps)
     folder.write_json(
@@ -370,14 +440,64 @@ def _export(
     resolved: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
+    if is_sharded(module):
+        state = whole_state(module)
+        if not is_rank_zero():
+            return
+        module = _whole_module(experiment)
+        module.load_state_dict(state)
     merge_lora(module.model)
-    if not is_rank_zero():
-        return
-    family(experiment.model.name).export(
-        folder.path,
+    if is_rank_zero():
+        _write_model(experiment, folder.path, module, resolved, module.max_steps, dtype)
+
+
+def export_checkpoint(
+    experiment: Experiment, resolved: Mapping[str, Any], checkpoint: Path, folder: Path
+) -> Path:
+    """Write the model of a checkpoint, sharded or not, as the end of its run would.
+
+    Args:
+        experiment, resolved: of the run.
+        checkpoint: `last.ckpt` or `best.ckpt`.
+        folder: where to write; other files in it stay.
+
+    Returns:
+        What was written: a file or a folder, by the model's family.
+
+    Raises:
+        RunError: the checkpoint is unreadable or of another network.
+    """
+    module = _whole_module(experiment)
+    stored = check_checkpoint(checkpoint, module)
+    if checkpoint.is_dir():
+        load_weights(checkpoint, module)
+    else:
+        module.load_state_dict(stored["state_dict"])
+    merge_lora(module.model)
+    folder.mkdir(parents=True, exist_ok=True)
+    return _write_model(experiment, folder, module, resolved, stored["global_step"])
+
+
+def _whole_module(experiment: Experiment) -> DiffusionModule:
+    """A module to be filled, of the experiment's attention and LoRA and not sharded."""
+    model, text_encoder = build_networks(experiment)
+    _choose_trainable(experiment, model, text_encoder)
+    return build_module(experiment, model, text_encoder)
+
+
+def _write_model(
+    experiment: Experiment,
+    folder: Path,
+    module: DiffusionModule,
+    resolved: Mapping[str, Any],
+    steps: int,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    return family(experiment.model.name).export(
+        folder,
         module.model,
         trained_part(module.text_encoder),
-        metadata={"experiment": dict(resolved), "steps": module.max_steps},
+        metadata={"experiment": dict(resolved), "steps": steps},
         dtype=dtype,
     )
 

@@ -3,7 +3,7 @@
 runs/<name>/
     config.json            the resolved config
     baseline.json          what was measured before any fine-tuning
-    checkpoints/           Lightning's: last.ckpt and best.ckpt
+    checkpoints/           Lightning's: last.ckpt and best.ckpt (folders with `fsdp2`)
     tensorboard/           event files
     samples/               videos and picture strips
     model.safetensors      final weights (the average, where there is one), with model.json
@@ -37,6 +37,7 @@ _MAY_CHANGE = (
     *("data.verify_cache", "eval"),
     *(f"trainer.{name}" for name in ("max_steps", "accelerator", "devices", "strategy")),
     *(f"trainer.{name}" for name in ("num_nodes", "compile", "activation_checkpointing")),
+    "trainer.sequence_parallel",
     *(f"trainer.{name}" for name in ("val_every", "checkpoint_every", "log_every", "progress_bar")),
 )
 
@@ -109,9 +110,9 @@ def open_run(config: RunConfig, resolved: Mapping[str, Any]) -> RunFolder:
     checkpoint: Path | None = None
     if config.resume not in ("auto", "never"):
         checkpoint = Path(config.resume)
-        if not checkpoint.is_file():
+        if not checkpoint.exists():
             raise RunError(f"run.resume: no checkpoint {checkpoint}")
-    elif config.resume == "auto" and (path / "checkpoints" / "last.ckpt").is_file():
+    elif config.resume == "auto" and has_checkpoint(path / "checkpoints" / "last.ckpt"):
         checkpoint = path / "checkpoints" / "last.ckpt"
     if changed and checkpoint is not None:
         listing = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, old, new in changed)
@@ -124,6 +125,23 @@ def open_run(config: RunConfig, resolved: Mapping[str, Any]) -> RunFolder:
     if is_rank_zero():
         folder.write_json("config.json", resolved)
     return folder
+
+
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is a checkpoint, a file or a folder, there or where it was being replaced.
+
+    (Two renames replace a folder; a run that is killed between them leaves the old one under the
+    other name.)
+    """
+    previous = previous_checkpoint(path)
+    if is_rank_zero() and previous.exists() and not path.exists():
+        previous.rename(path)
+    return path.exists() or previous.exists()  # rank 0 may be about to rename it
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Where a checkpoint is while another takes its place."""
+    return path.with_name(f"{path.name}.previous")
 
 
 def differences(
