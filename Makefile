@@ -18,6 +18,9 @@ CONFIG_finetune := configs/finetune/demo.yaml
 CONFIG_pretrain := configs/pretrain/demo.yaml
 CONFIG_generate := configs/finetune/demo.yaml
 CONFIG_eval := configs/finetune/demo.yaml
+CONFIG_capture := configs/finetune/demo.yaml
+CONFIG_study := configs/study/arms.yaml
+CONFIG_study-evaluator := configs/study/arms.yaml
 ARGS ?=
 RESUME ?=
 # RECORD=1 keeps the summary of a run under results/.
@@ -33,7 +36,7 @@ resume = $(if $(RESUME),run.resume=$(RESUME))
 record = $(if $(RECORD),--record)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data latents data-report pretrain finetune generate eval bench bench-e2e flops tables figures tensorboard test test-fast test-gpu sanitize lint format typecheck clean
+.PHONY: help setup data study-data study-evaluator study latents data-report pretrain finetune generate eval bench bench-e2e flops tables capture analyse figures tensorboard notebooks screenshot test test-fast test-gpu sanitize lint format typecheck clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +51,15 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 
 data: $(ENVIRONMENT) ## build the demo set of real clips under data/demo
 	$(PY) -m sla data $(ARGS)
+
+study-data: $(ENVIRONMENT) ## make the study set of simulated clips: OUT= ARGS="--train 8000 --seed 0 --real"
+	$(PY) -m sla study-data $(if $(OUT),--out $(OUT)) $(ARGS)
+
+study-evaluator: $(ENVIRONMENT) ## train the study's evaluator network: CONFIG= OUT= ARGS=
+	$(PY) -m sla study-evaluator --config $(config) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+study: $(ENVIRONMENT) ## run what is missing of the study: CONFIG= OUT= ARGS="--groups main --max-seconds 500"
+	$(PY) -m sla study --config $(config) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 latents: $(ENVIRONMENT) ## encode a set into a latent cache: CONFIG= OUT= ARGS="latents.passes=4"
 	$(PY) -m sla latents --config $(config) $(if $(OUT),--out $(OUT)) $(ARGS)
@@ -78,14 +90,26 @@ bench-e2e: $(ENVIRONMENT) ## time Wan2.1 from end to end: ARGS="--what step trai
 flops: $(ENVIRONMENT) ## count every method's FLOPs beside the paper's: ARGS="--format csv"
 	$(PY) -m sla flops $(ARGS)
 
-tables: $(ENVIRONMENT) ## write the tables of README.md from results/
+tables: $(ENVIRONMENT) ## write the tables of README.md and REPRODUCTION.md from results/
 	$(PY) -m sla tables
 
-figures: $(ENVIRONMENT) ## draw the paper's figures from results/: OUT=
+capture: $(ENVIRONMENT) ## store a model's attention for figures: CKPT= CONFIG= PROMPT= OUT= ARGS="--timesteps 900,500"
+	$(PY) -m sla capture --config $(config) $(if $(PROMPT),--prompt=$(call quoted,$(PROMPT))) $(if $(CKPT),--weights $(CKPT)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+analyse: $(ENVIRONMENT) ## measure a capture: ARGS="--capture runs/NAME/capture --record"
+	$(PY) -m sla analyse $(record) $(ARGS)
+
+figures: $(ENVIRONMENT) ## draw the paper's figures from results/ and a capture: OUT= ARGS="--capture DIR"
 	$(PY) -m sla figures $(if $(OUT),--out $(OUT)) $(ARGS)
 
 tensorboard: $(ENVIRONMENT) ## serve the curves of runs/
 	$(PY) -m tensorboard.main --logdir runs $(ARGS)
+
+notebooks: $(ENVIRONMENT) ## run the notebooks and write their pictures to docs/pictures: ARGS="01 02"
+	$(PY) -m sla notebooks $(if $(OUT),--out $(OUT)) $(ARGS)
+
+screenshot: $(ENVIRONMENT) ## photograph TensorBoard on runs/ (extra screenshot, a Chromium): OUT= ARGS=
+	$(PY) -m sla screenshot $(if $(OUT),--out $(OUT)) $(ARGS)
 
 # A file's tests stay in one worker: they share what is slow to make.
 test: $(ENVIRONMENT) ## run all tests, on all cores

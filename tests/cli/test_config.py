@@ -9,7 +9,9 @@ from sla.cli.main import main
 from sla.config import ConfigError, dump, load_experiment, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted(ROOT.glob("configs/*/*.yaml"))
+# Lists of a study's arms, which are no experiments: tests/study reads them.
+STUDIES = ("arms.yaml", "images.yaml")
+CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.name not in STUDIES)
 DEMO = ROOT / "configs/finetune/demo.yaml"
 
 

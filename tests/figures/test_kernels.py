@@ -171,9 +171,10 @@ def test_figure_6a(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_figure_6a_refuses_without_results(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(tmp_path, [made_up("sla", shape=WAN_14B_720P)])
+    monkeypatch.chdir(tmp_path)
     assert main(["figures", "--out", str(tmp_path / "out"), "--results", str(tmp_path)]) == 1
     assert "--suite wan-1.3b" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"sla": "src/sla", "sla_kernels": "kernels/sla_kernels", "sla_eval": "eval/sla_eval"}
 
-ENTRY_POINTS = ("sla.__main__", "sla.cli", "sla.benchmark")
+ENTRY_POINTS = ("sla.__main__", "sla.cli", "sla.capture", "sla.benchmark")
 _BELOW_MODELS = ("sla.attention", "sla_kernels")
 _BELOW_DATA = ("sla.models", "sla.diffusion", *_BELOW_MODELS)
 _BELOW_TRAINING = ("sla.data", "sla.analysis", "sla.files", *_BELOW_DATA)
@@ -24,17 +24,26 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "sla.diffusion": _BELOW_MODELS,
     "sla.files": (),
     "sla.data": ("sla.files", *_BELOW_DATA),
-    "sla.analysis": _BELOW_DATA,
+    "sla.analysis": ("sla.files", *_BELOW_DATA),
     "sla.flops": _BELOW_MODELS,
     "sla.results": _BELOW_TRAINING,
     "sla.training": _BELOW_TRAINING,
-    "sla.figures": ("sla.results", *_BELOW_TRAINING),
+    "sla.figures": ("sla.results", "sla.flops", "sla.study", *_BELOW_TRAINING),
     "sla.config": ("sla.training", *_BELOW_TRAINING),
+    # It runs experiments and measures them: above all but the entry points.
+    "sla.study": (
+        *("sla.training", "sla.config", "sla.results", "sla.flops", "sla_eval"),
+        *_BELOW_TRAINING,
+    ),
 }
 # The only modules of sla that may import a library; the reason it is kept apart is in the message.
 LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     "lightning": (
-        ("sla.training", "sla.data.module", *ENTRY_POINTS),
+        (
+            *("sla.training", "sla.data.module", *ENTRY_POINTS),
+            # A callback of training runs, and the training of the evaluator network.
+            *("sla.study.callbacks", "sla.study.evaluator"),
+        ),
         "what is below training works without a trainer",
     ),
     "pytorch_lightning": ((), "the package is called lightning"),

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sla.cli.analysis_options import DEMO_CAPTURE, add_parsers
+
 # Commands import what they need when they run: `--help` and `tables` need no torch.
 
 
@@ -61,6 +63,51 @@ def build_parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="build the demo set of real clips")
     data.add_argument("--root", type=Path, default=Path("data/demo"), help="folder to write")
     data.set_defaults(run=_data)
+
+    study = commands.add_parser("study-data", help="make the study set of simulated clips")
+    study.add_argument("--out", type=Path, default=Path("data/study"), help="folder to write")
+    study.add_argument("--seed", type=int, default=0, help="of every clip; default: %(default)s")
+    for split, count in (("train", 8000), ("val", 400), ("test", 400)):
+        study.add_argument(
+            f"--{split}", type=int, default=count, metavar="N", help="clips; default: %(default)s"
+        )
+    study.add_argument(
+        "--shard-clips", type=int, default=200, metavar="N", help="of a shard; default: %(default)s"
+    )
+    study.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes; default: one a core"
+    )
+    study.add_argument("--real", action="store_true", help="add the demo set's real clips")
+    study.add_argument(
+        "--verify", action="store_true", help="compare a finished set with its checksums instead"
+    )
+    study.set_defaults(run=_study_data)
+
+    arms = commands.add_parser("study", help="run what is missing of a study")
+    _add_config(arms)
+    arms.add_argument("--arms", nargs="+", default=[], metavar="NAME", help="only these arms")
+    arms.add_argument("--groups", nargs="+", default=[], metavar="NAME", help="only these groups")
+    arms.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="only these")
+    arms.add_argument(
+        "--max-seconds", type=float, metavar="N", help="begin no step after so long; resumable"
+    )
+    arms.add_argument("--out", type=Path, default=Path("results"), help="results folder")
+    arms.add_argument("--runs", type=Path, default=Path("runs/study"), help="unfinished runs")
+    arms.add_argument("--retry", action="store_true", help="run again what had failed")
+    arms.add_argument("--list", action="store_true", help="say what is missing, run nothing")
+    arms.set_defaults(run=_study)
+
+    classifier = commands.add_parser("study-evaluator", help="train a study's evaluator network")
+    _add_config(classifier)
+    classifier.add_argument("--out", type=Path, default=Path("results"), help="results folder")
+    classifier.add_argument("--force", action="store_true", help="replace the one that is there")
+    classifier.set_defaults(run=_study_evaluator)
+
+    parts = commands.add_parser("study-weights", help="split a weights file into parts, or join it")
+    parts.add_argument("action", choices=["split", "join"])
+    parts.add_argument("file", type=Path, metavar="FILE", help="the whole file")
+    parts.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="of the parts")
+    parts.set_defaults(run=_study_weights)
 
     latents = commands.add_parser("latents", help="encode a set into a latent cache")
     _add_config(latents)
@@ -122,8 +169,15 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--record", action="store_true", help="keep the scores under results/")
     evaluate.set_defaults(run=_evaluate)
 
-    tables = commands.add_parser("tables", help="write README.md's tables from results/")
-    tables.add_argument("--readme", type=Path, default=Path("README.md"))
+    tables = commands.add_parser("tables", help="write the tables of our pages from results/")
+    tables.add_argument(
+        "--readme",
+        type=Path,
+        nargs="+",
+        default=[Path("README.md"), Path("REPRODUCTION.md")],
+        metavar="PAGE",
+        help="pages with markers; default: README.md REPRODUCTION.md",
+    )
     tables.add_argument("--check", action="store_true", help="fail if they are out of date")
     tables.set_defaults(run=_tables)
 
@@ -146,10 +200,37 @@ def build_parser() -> argparse.ArgumentParser:
         )
     flops.set_defaults(run=_flops)
 
+    add_parsers(commands)
+
     figures = commands.add_parser("figures", help="draw the paper's figures from results/")
     figures.add_argument("--out", type=Path, default=Path("figures"), help="folder to write")
     figures.add_argument("--results", type=Path, default=Path("results"), help="folder to read")
+    figures.add_argument(
+        "--capture",
+        type=Path,
+        default=DEMO_CAPTURE,
+        help="capture whose maps are drawn; default: %(default)s",
+    )
     figures.set_defaults(run=_figures)
+
+    notebooks = commands.add_parser("notebooks", help="run the notebooks, keep a picture of each")
+    notebooks.add_argument("names", nargs="*", metavar="NAME", help="such as 02; default: all")
+    notebooks.add_argument("--folder", type=Path, default=Path("notebooks"), help="folder to read")
+    notebooks.add_argument(
+        "--out", type=Path, default=Path("docs/pictures"), help="folder to write"
+    )
+    notebooks.set_defaults(run=_notebooks)
+
+    screenshot = commands.add_parser("screenshot", help="photograph TensorBoard on the runs")
+    screenshot.add_argument("--logdir", type=Path, default=Path("runs"), help="folder of runs")
+    screenshot.add_argument(
+        "--out", type=Path, default=Path("docs/pictures/tensorboard.png"), help="PNG to write"
+    )
+    screenshot.add_argument("--tags", metavar="REGEX", help="of the scalars to show")
+    screenshot.add_argument(
+        "--browser", type=Path, help="a Chromium; default: Playwright's, or the system's"
+    )
+    screenshot.set_defaults(run=_screenshot)
 
     convert = commands.add_parser(
         "convert-checkpoint", help="convert TurboDiffusion's SLA checkpoints to ours, and back"
@@ -200,6 +281,49 @@ def _data(options: argparse.Namespace) -> None:
     from sla.cli.data import build
 
     build(options.root)
+
+
+def _study_data(options: argparse.Namespace) -> None:
+    from sla.cli.study_data import make, verify
+
+    if options.verify:
+        verify(options.out)
+        return
+    names = ("seed", "train", "val", "test", "shard_clips")
+    numbers = {name: getattr(options, name) for name in names}
+    make(options.out, numbers, workers=options.workers, real=options.real)
+
+
+def _study(options: argparse.Namespace) -> int:
+    from sla.cli.study import run
+
+    return run(
+        options.config,
+        options.overrides,
+        arms=options.arms,
+        groups=options.groups,
+        seeds=options.seeds,
+        max_seconds=options.max_seconds,
+        out=options.out,
+        runs=options.runs,
+        retry=options.retry,
+        listing=options.list,
+    )
+
+
+def _study_evaluator(options: argparse.Namespace) -> None:
+    from sla.cli.study import evaluator
+
+    evaluator(options.config, options.overrides, out=options.out, force=options.force)
+
+
+def _study_weights(options: argparse.Namespace) -> None:
+    from sla.cli.study import join, split
+
+    if options.action == "split":
+        split(options.file, options.folder or options.file.parent)
+    else:
+        join(options.file, options.folder)
 
 
 def _latents(options: argparse.Namespace) -> None:
@@ -267,9 +391,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _tables(options: argparse.Namespace) -> int:
     from sla.figures.tables import update_readme
 
-    changed = update_readme(options.readme, check=options.check)
+    changed = [page for page in options.readme if update_readme(page, check=options.check)]
     if changed and options.check:
-        print(f"{options.readme} differs from results/: run `make tables`", file=sys.stderr)
+        names = ", ".join(map(str, changed))
+        print(f"{names} differ from results/: run `make tables`", file=sys.stderr)
         return 1
     return 0
 
@@ -281,17 +406,31 @@ def _flops(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> int:
-    from sla.figures import figure6a, figure6b
+    from sla.figures.drawing import FIGURES, FigureError
 
     drawn: list[Path] = []
-    for figure in (figure6a, figure6b):
+    for draw in FIGURES:
         try:
-            drawn += figure.draw(options.out, options.results)
-        except figure6a.FigureError as error:  # the others may have what they need
+            drawn += draw(options.out, options.results, options.capture)
+        except FigureError as error:  # the others may have what they need
             print(f"not drawn: {error}", file=sys.stderr)
     for path in drawn:
         print(path)
     return 0 if drawn else 1
+
+
+def _notebooks(options: argparse.Namespace) -> None:
+    from sla.figures.notebooks import render
+
+    for path in render(options.names, folder=options.folder, out=options.out):
+        print(path)
+
+
+def _screenshot(options: argparse.Namespace) -> None:
+    from sla.figures.screenshot import TAGS, take
+
+    tags = options.tags or TAGS
+    print(take(options.logdir, options.out, tags=tags, browser=options.browser))
 
 
 def _consolidate(options: argparse.Namespace) -> None:

@@ -29,3 +29,10 @@ PAPER_GENERATION: dict[str, tuple[float, float]] = {
     "SLA": (11, 62),
     "SLA2": (7, 62),
 }
+# Figure 1 and Section 3, Wan2.1: shares of the weights above 1/N and below 1/(100 N); and, at these
+# shares of the weights dropped, the L1 error of the output (the first "under 3 %").
+PAPER_WEIGHTS_ABOVE = 0.081
+PAPER_WEIGHTS_BELOW = 0.45
+PAPER_DROP_ERRORS: dict[float, float] = {0.45: 0.03, 0.919: 0.33}
+# Figure 3: stable ranks of one map: all weights, the top 8 %, the other 92 %.
+PAPER_STABLE_RANKS = (6226, 6230, 9)

@@ -1,4 +1,4 @@
-"""The tables of README.md, between markers, from the newest files under results/.
+"""The tables of README.md and REPRODUCTION.md, between markers, from the files under results/.
 
 <!-- table:NAME -->
 (generated)
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sla.figures import study
+from sla.figures.markdown import markdown as _markdown
+from sla.figures.markdown import origin as _origin
 from sla.figures.paper import GPU_BLOCKS, NEGLIGIBLE, SPARSITY, WAN_1_3B, WAN_14B_720P
 from sla.results import (
     RESULTS,
     Measurement,
-    Results,
     read_all,
     read_newest_per_device,
     read_newest_rows,
@@ -29,7 +31,7 @@ _MARKER = re.compile(r"<!--\s*(/?)table\b.*?-->")
 
 
 class TableError(ValueError):
-    """A README whose markers cannot be filled."""
+    """A page whose markers cannot be filled."""
 
 
 def update_readme(path: Path, *, check: bool = False, root: Path = RESULTS) -> bool:
@@ -412,21 +414,5 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels_lengths": kernels_lengths,
     "kernels_sparsity": kernels_sparsity,
     "kernels_stages": kernels_stages,
+    **study.TABLES,
 }
-
-
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _origin(columns: list[Results]) -> str:
-    lines = []
-    for column in columns:
-        origin = column.provenance
-        dirty = " with local changes" if origin["dirty"] else ""
-        lines.append(
-            f"{origin['device']}, torch {origin['torch']}, {origin['date'][:10]}, commit "
-            f"{origin['commit'][:8]}{dirty}, `{origin['command']}`"
-        )
-    return "<sub>" + "; ".join(lines) + "</sub>"

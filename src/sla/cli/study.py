@@ -1,0 +1,127 @@
+"""`python -m sla study`, `study-evaluator` and `study-weights`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sla.cli.quiet import quiet_lightning
+from sla.study import parts
+from sla.study.evaluator import train_evaluator
+from sla.study.plan import Job, StudyError, load_plan
+from sla.study.records import (
+    ACCURACY,
+    REAL_CLIPS,
+    Key,
+    Records,
+    StudyResults,
+    measurement,
+    read_records,
+)
+from sla.study.runner import Runner
+
+
+def run(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    arms: Sequence[str] = (),
+    groups: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    max_seconds: float | None = None,
+    out: Path = Path("results"),
+    runs: Path = Path("runs/study"),
+    retry: bool = False,
+    listing: bool = False,
+) -> int:
+    """Run what is missing of a study; returns 1 if an arm failed now.
+
+    Args:
+        arms, groups, seeds: of those alone; none for all.
+        max_seconds: begin no further step after so long.
+        out: the results folder, read for what is finished and written.
+        runs: folder of unfinished runs.
+        retry: run again what had failed.
+        listing: print what there is and what is missing, run nothing.
+
+    Raises:
+        StudyError: the study cannot be run; says what would do.
+    """
+    quiet_lightning()
+    plan = load_plan(config, overrides)
+    jobs = plan.jobs(arms, groups, seeds)  # mistakes of any arm are said before any is run
+    runner = Runner(plan, runs)
+    records = read_records(out)
+    if listing:
+        _list(jobs, runner, records)
+        return 0
+    results = StudyResults(out, plan.name)
+    outcome = runner.run(jobs, records, results, max_seconds=max_seconds, retry=retry)
+    print(f"{config}: {outcome}")
+    for name, reason in outcome.failed.items():
+        print(f"  {name} failed: {reason}", file=sys.stderr)
+    for path in results.paths:
+        print(f"recorded in {path}")
+    return 1 if outcome.failed else 0
+
+
+def _list(jobs: Sequence[Job], runner: Runner, records: Records) -> None:
+    def state(key: Key) -> str:
+        if key in records.runs:
+            return "finished"
+        return f"failed: {records.failures[key]}" if key in records.failures else "missing"
+
+    for job in jobs:
+        key = runner.key(job)
+        print(
+            f"{job.arm.group:<16}{job.arm.name:<28}{job.seed:>3}  {job.arm.curve[-1]:>6} steps  "
+            f"{key[2]}  {state(key)}"
+        )
+
+
+def evaluator(
+    config: Path, overrides: Sequence[str], *, out: Path = Path("results"), force: bool = False
+) -> None:
+    """Train the study's evaluator and record its accuracy on real held-out clips.
+
+    Args:
+        out: the results folder.
+        force: train another one although there is one; arms measured with it count no more.
+
+    Raises:
+        StudyError: the study has none, or it is there already.
+    """
+    quiet_lightning()
+    plan = load_plan(config, overrides)
+    if not plan.evaluator.weights:
+        raise StudyError(f"{config} has no evaluator.weights")
+    if Path(plan.evaluator.weights).exists() and not force:
+        raise StudyError(
+            f"{plan.evaluator.weights} is there already; arms are measured with one evaluator "
+            "(--force trains another)"
+        )
+    experiment = plan.base_experiment()
+    trained = train_evaluator(
+        plan.evaluator, experiment.data, plan.measures.prompt_shards, experiment.trainer
+    )
+    steps, results = plan.evaluator.steps, StudyResults(out, f"{plan.name}-evaluator")
+    common = {"study": plan.name, "what": REAL_CLIPS}
+    results.append(
+        {**common, **measurement(steps, f"{ACCURACY}/{name}", right)}
+        for name, right in trained.accuracy.items()
+    )
+    for name, right in trained.accuracy.items():
+        print(f"{name:<12}{right.mean():6.1%} of {len(right)} real held-out clips")
+    print(f"{trained.path}; recorded in {results.paths[0]}")
+
+
+def split(path: Path, folder: Path) -> None:
+    """Write the parts of a weights file."""
+    for written in parts.split(path, folder):
+        print(written)
+
+
+def join(path: Path, folder: Path | None) -> None:
+    """Make a weights file of its parts."""
+    print(parts.join(path, folder))

@@ -1,0 +1,44 @@
+"""Every figure of `python -m sla figures`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sla.figures import (
+    attention_trends,
+    figure1,
+    figure3,
+    figure4,
+    figure6a,
+    figure6b,
+    method_errors,
+    recall,
+)
+from sla.figures.figure6a import FigureError
+
+Draw = Callable[[Path, Path, Path], list[Path]]
+
+
+def _of_results(draw: Callable[[Path, Path], list[Path]]) -> Draw:
+    return lambda out, results, capture: draw(out, results)
+
+
+def _of_capture(draw: Callable[[Path, Path], list[Path]]) -> Draw:
+    return lambda out, results, capture: draw(out, capture)
+
+
+# Each takes the folder to write, the results folder and the folder of a capture; returns what it
+# has written, and raises FigureError where its data is missing.
+FIGURES: tuple[Draw, ...] = (
+    _of_results(figure1.draw),
+    _of_capture(figure3.draw),
+    _of_capture(figure4.draw),
+    _of_results(figure6a.draw),
+    _of_results(figure6b.draw),
+    _of_results(method_errors.draw),
+    _of_results(recall.draw),
+    _of_results(attention_trends.draw),
+)
+
+__all__ = ["FIGURES", "FigureError"]

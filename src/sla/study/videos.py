@@ -1,0 +1,118 @@
+"""Samples of held-out prompts, scored against the pretrained full-attention model's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sla_eval.metrics import VideoMetric, build_metric, metric_class
+from sla_eval.metrics.frechet import frechet_distance
+from torch import Tensor
+
+from sla.study.evaluator import Evaluator, find
+from sla.study.labels import Prompt
+from sla.study.plan import StudyError
+from sla.study.records import ACCURACY, FRECHET, measurement
+from sla.training.config import Experiment
+from sla.training.generation import StageSeconds
+from sla.training.module import DiffusionModule
+from sla.training.run import sample_videos
+
+Videos = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Videos of the prompts.
+
+    Attributes:
+        videos: uint8 (prompts, T, H, W, 3).
+        step_ms: median milliseconds of a denoising step of one video, guidance in it, not compiled;
+            the first video warms up.
+    """
+
+    videos: Videos
+    step_ms: float | None
+
+
+def sample_prompts(
+    experiment: Experiment, module: DiffusionModule, prompts: Sequence[Prompt]
+) -> Sampled:
+    """One video a prompt: prompt i from the noise of seed `sampling.seed + i`, for every arm."""
+    stages: list[StageSeconds] = []
+    texts = [prompt.text for prompt in prompts]
+    # Blocks that were compiled for training would be compiled anew for these shapes, in every arm.
+    with torch.compiler.set_stance("force_eager"):
+        videos = sample_videos(experiment, module, texts, timings=stages.append)
+    steps = [seconds for stage in stages[1:] for seconds in stage.steps]
+    return Sampled(videos, 1e3 * float(np.median(steps)) if steps else None)
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Refuse metrics that cannot run here.
+
+    Raises:
+        StudyError: an unknown one, one of sets, or one whose weights are missing; says which.
+    """
+    for name in names:
+        try:
+            cls = metric_class(name)
+        except ValueError as error:
+            raise StudyError(f"measures.video_metrics: {error}") from error
+        if not issubclass(cls, VideoMetric):
+            raise StudyError(f"measures.video_metrics: {name} is no score of single videos")
+        missing = cls.availability()
+        if missing:
+            raise StudyError(f"measures.video_metrics: {name} cannot run: {missing}")
+
+
+def score(
+    step: int,
+    videos: Videos,
+    reference: Videos,
+    prompts: Sequence[Prompt],
+    metrics: Sequence[str],
+    fps: float,
+    evaluator: tuple[Evaluator, Tensor] | None,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Measurements of an arm's videos.
+
+    Args:
+        step: that the arm was trained for.
+        videos, reference: uint8 (prompts, T, H, W, 3), of the arm and of the reference model.
+        metrics: names of `sla_eval` metrics.
+        fps: for those that ask for it.
+        evaluator: the network and the features of real held-out clips, or None.
+    """
+    rows = []
+    with ThreadPoolExecutor(8) as pool:  # the GPU waits meanwhile
+        for name in metrics:
+
+            def one(video: Videos, other: Videos, prompt: Prompt, name: str = name) -> float:
+                metric = build_metric(name)
+                assert isinstance(metric, VideoMetric)  # `check_metrics`
+                metric.update(_tchw(video), _tchw(other), prompt=prompt.text, fps=fps)
+                return metric.per_video[0]
+
+            values = list(pool.map(one, videos, reference, prompts))
+            rows.append(measurement(step, name, values))
+    if evaluator is not None:
+        network, real = evaluator
+        found = find(network, videos, [dict(prompt.attributes) for prompt in prompts], device)
+        for attribute, correct in found.correct.items():
+            rows.append(measurement(step, f"{ACCURACY}/{attribute}", correct))
+        together = np.stack(list(found.correct.values()), axis=1)
+        rows.append(measurement(step, ACCURACY, together.mean(1)))
+        distance = frechet_distance(torch.from_numpy(found.features), real)
+        rows.append(measurement(step, FRECHET, float(distance)))
+    return rows
+
+
+def _tchw(video: Videos) -> Tensor:
+    return torch.from_numpy(video).permute(0, 3, 1, 2)

@@ -1,0 +1,156 @@
+"""Tables and verdicts from made-up rows."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sla.figures import claims, study
+from sla.study.plan import load_plan
+from sla.study.records import ACCURACY, FRECHET, StudyResults, measurement, read_records
+
+ROOT = Path(__file__).resolve().parents[2]
+CLIPS = np.random.default_rng(0).uniform(0.5, 1.5, (40, 4))
+
+
+def write(
+    root: Path,
+    arm: str,
+    factor: float,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    *,
+    name: str = "video",
+    weights: str = "w",
+    swapped: float = 1.0,
+    spread: float = 0.0001,
+) -> None:
+    """An arm whose loss is `factor` and, by seed, more times that of every clip."""
+    results = StudyResults(root, arm)
+    for seed in seeds:
+        common = {"study": name, "group": "main", "arm": arm, "digest": "d", "seed": seed}
+        rows: list[dict[str, Any]] = [
+            measurement(0, "val_loss", swapped * CLIPS),
+            measurement(500, "val_loss", (factor + spread * seed) * CLIPS),
+            measurement(500, "psnr", [20.0 + seed, 22.0 + seed]),
+            measurement(500, "ssim", [0.5, 0.7]),
+            measurement(500, "temporal_flickering", [0.9, 0.9]),
+            measurement(500, ACCURACY, [1.0, 0.5]),
+            measurement(500, FRECHET, 3.0 + seed),
+            measurement(500, "attention_error_l1", [0.1, 0.3]),
+            measurement(500, "exact_fraction", [0.047, 0.047]),
+            measurement(500, "attention_flops", 5e10),
+            measurement(500, "attention_flops_ratio", 0.065),
+        ]
+        end = {"status": "finished", "date": "2026-01-01", "weights_sha256": weights}
+        results.append([*({**common, **row} for row in rows), {**common, **end}])
+
+
+def verdict(root: Path, beginning: str) -> claims.Verdict:
+    (claim,) = [c for c in claims.CLAIMS if c.text.startswith(beginning)]
+    return claim.judge(read_records(root), root)
+
+
+def test_table_1_has_ours_and_the_papers_apart(tmp_path: Path) -> None:
+    write(tmp_path, "full", 1.0)
+    write(tmp_path, "sla", 1.005)
+    text = study.TABLES["study_1"](tmp_path)
+    ours, paper = text.split("The paper's (")
+    (line,) = [row for row in ours.splitlines() if row.startswith("| SLA (top 5 %)")]
+    assert line == (
+        "| SLA (top 5 %) | +0.50% [+0.50, +0.50] ± 0.00 | 22.00 [21.00, 23.00] ± 1.00 "
+        "| 0.600 [0.500, 0.700] ± 0.000 | 0.9000 [0.9000, 0.9000] ± 0.0000 "
+        "| 75.0% [50.0, 100.0] ± 0.0 | 4.00 [1.52, 6.48] | 0.200 [0.200, 0.200] | 50.0G | 6.50% "
+        "| 95.3% | - | - | 3 |"
+    )
+    assert "76.96" not in ours  # nothing of the paper's in our block
+    assert "| VSA | (no record yet) |" in ours
+    assert "76.96" in paper
+    assert "not measured by us" in paper
+
+
+def test_table_3_is_of_the_images(tmp_path: Path) -> None:
+    write(tmp_path, "full", 1.0)
+    text = study.TABLES["study_3"](tmp_path)
+    assert "make study CONFIG=configs/study/images.yaml" in text  # the video arm is not taken
+    write(tmp_path, "full", 1.0, name="images")
+    write(tmp_path, "sla", 0.99, name="images")
+    text = study.TABLES["study_3"](tmp_path)
+    assert "| SLA | -1.00% [-1.00, -1.00]" in text
+    assert "| SLA | 31.49 | 1.73G | 87.5% |" in text
+
+
+def test_verdicts_follow_the_criteria(tmp_path: Path) -> None:
+    matches, beats, wins = "SLA at 95 % matches", "SLA at 95 % beats", "SLA beats the published"
+    assert verdict(tmp_path, matches).status == claims.MISSING
+    write(tmp_path, "full", 1.0)
+    write(tmp_path, "sla", 1.005, swapped=1.2)
+    assert str(verdict(tmp_path, matches)) == claims.HOLDS
+    assert verdict(tmp_path, beats).status == claims.MISSING
+    write(tmp_path, "sparse_only_85", 0.99)
+    assert verdict(tmp_path, beats).status == claims.FAILS
+    assert verdict(tmp_path, "SLA must be fine-tuned").status == claims.HOLDS
+    assert verdict(tmp_path, "SLA takes about a twentieth").status == claims.HOLDS
+    # Of several parts one that fails decides, one that is missing leaves it open.
+    write(tmp_path, "sparge_t", 1.05)
+    write(tmp_path, "vsa_89", 1.05)
+    assert verdict(tmp_path, wins).status == claims.MISSING
+    write(tmp_path, "vmoba_85", 1.05)
+    assert verdict(tmp_path, wins).status == claims.HOLDS
+    assert "VSA: -4.2" in verdict(tmp_path, wins).numbers
+
+
+def test_a_verdict_needs_every_seed_on_one_side(tmp_path: Path) -> None:
+    write(tmp_path, "full", 1.0)
+    write(tmp_path, "sla", 1.0095, spread=0.0004)  # the bound of 1 % lies between the seeds
+    assert verdict(tmp_path, "SLA at 95 % matches").status == claims.UNDECIDED
+
+
+def test_few_seeds_are_provisional(tmp_path: Path) -> None:
+    write(tmp_path, "full", 1.0)
+    write(tmp_path, "sla", 1.0, seeds=(1,))
+    assert str(verdict(tmp_path, "SLA at 95 % matches")) == "so far holds (1 seed)"
+
+
+def test_arms_from_other_weights_are_not_compared(tmp_path: Path) -> None:
+    write(tmp_path, "full", 1.0)
+    write(tmp_path, "sla", 1.0, weights="others")
+    assert verdict(tmp_path, "SLA at 95 % matches").status == claims.MISSING
+
+
+def test_all_arms_and_failures_are_listed(tmp_path: Path) -> None:
+    write(tmp_path, "full", 1.0)
+    common = {"study": "video", "arm": "vsa_89", "digest": "d", "seed": 2}
+    StudyResults(tmp_path).append([{**common, "status": "failed", "reason": "no memory"}])
+    text = study.TABLES["study_arms"](tmp_path)
+    assert "| main | full | +0.00%" in text
+    assert "vsa_89, seed 2: failed, no memory" in text
+    assert "| full | +0.00%" in study.TABLES["study_curve"](tmp_path)
+
+
+@pytest.mark.parametrize("name", ["arms", "images"])
+def test_the_studies_of_the_repository_can_be_read(name: str) -> None:
+    plan = load_plan(ROOT / f"configs/study/{name}.yaml")
+    jobs = plan.jobs()
+    assert all(plan.questions.values())
+    # Groups in the order of the file, seeds inside: a question is answered before the next.
+    main = [(job.arm.name, job.seed) for job in jobs if job.arm.group == "main"]
+    assert [seed for _, seed in main] == sorted(seed for _, seed in main)
+    assert len({plan.digest(job, "w", "e") for job in jobs}) == len(plan.arms)
+
+
+def test_every_arm_that_a_table_or_claim_names_exists() -> None:
+    video = {arm.name for arm in load_plan(ROOT / "configs/study/arms.yaml").arms}
+    images = {arm.name for arm in load_plan(ROOT / "configs/study/images.yaml").arms}
+    assert {line.arm for line in (*study.TABLE_1, *study.TABLE_2)} <= video
+    assert {line.arm for line in study.TABLE_3} - {None} <= images
+    assert set(claims.ARMS) <= video | images
+
+
+def test_sizes_of_the_study() -> None:
+    plan = load_plan(ROOT / "configs/study/arms.yaml")
+    experiment = plan.base_experiment()
+    data = experiment.data
+    grid = experiment.model.grid((data.num_frames, data.height, data.width))  # type: ignore[attr-defined]
+    assert grid == (32, 16, 16)
+    assert experiment.model.head_dim == 64  # type: ignore[attr-defined]
