@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,19 +13,26 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from sla.attention import SLAConfig
+from sla.config import load_experiment
+from sla.models.diffusers_model import DiffusersVideoModel
 from sla.models.wan import WAN_CONFIGS, build_wan
 from sla.training.memory import (
+    MemoryEstimate,
     MemorySettings,
     ParameterCounts,
     TransformerShape,
     block_table_bytes,
     check_memory,
+    check_run,
     estimate_memory,
+    estimate_run,
     parameters_of,
 )
 from sla.training.run_folder import RunError
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
 # Wan2.1-1.3B at 480p x 81 frames.
 SHAPE = TransformerShape(1536, 8960, 30, 12, 32_760, 512)
 COUNTS = ParameterCounts(1_418_996_800, 0, 46_000_000)
@@ -220,3 +229,54 @@ def test_a_run_that_cannot_fit_is_refused_with_what_would_help() -> None:
 def test_values_that_cannot_be(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+WAN = ROOT / "configs/finetune/wan2.1-1.3b.yaml"
+
+
+@pytest.fixture(scope="module")
+def wan() -> DiffusersVideoModel:
+    # Sizes come from the config and counts from the model, which need not be the large one.
+    return DiffusersVideoModel(build_wan("tiny"), attention_config=SLAConfig())
+
+
+def estimated(wan: DiffusersVideoModel, *overrides: str, gpus: int = 1) -> MemoryEstimate:
+    found = estimate_run(load_experiment(WAN, overrides), wan, (21, 30, 52), gpus)
+    assert found is not None
+    return found
+
+
+def test_a_config_is_what_is_estimated(wan: DiffusersVideoModel) -> None:
+    usual = estimated(wan)
+    assert usual.shape.tokens == 32_760
+    assert usual.shape.width == 1536
+    assert usual.average > 0
+    assert usual.teacher == 0
+    assert usual.settings.attention_bytes == block_table_bytes(12, 32_760, 64, 64, 0.05)
+    assert estimated(wan, "flow.target=teacher").teacher == usual.weights
+    assert estimated(wan, "optim.ema_decay=0").average == 0
+    kept = estimated(wan, "trainer.activation_checkpointing=false")
+    assert kept.activations > 10 * usual.activations
+    shared = estimated(wan, "trainer.sequence_parallel=4", gpus=4)
+    assert shared.shape.tokens == 8_190
+    assert shared.activations < usual.activations / 3
+    assert estimated(wan, "trainer.strategy=fsdp2", gpus=8).weights < usual.weights / 7
+
+
+def test_only_wans_blocks_are_estimated(wan: DiffusersVideoModel) -> None:
+    demo = load_experiment(ROOT / "configs/finetune/demo.yaml")
+    assert estimate_run(demo, wan, (16, 16, 16)) is None
+
+
+def test_a_run_on_a_small_gpu_is_refused_before_it_starts(
+    wan: DiffusersVideoModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = load_experiment(WAN, ["trainer.activation_checkpointing=false"])
+    check_run(experiment, wan, (21, 30, 52), 1)  # no GPU, nothing to say
+    card = SimpleNamespace(total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: card)
+    with pytest.raises(RunError, match="GPU too small"):
+        check_run(experiment, wan, (21, 30, 52), 1)
+    card.total_memory = 200 * 2**30
+    check_run(experiment, wan, (21, 30, 52), 1)
