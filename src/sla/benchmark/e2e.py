@@ -43,10 +43,10 @@ from sla.models.wan import WAN_CONFIGS, build_wan
 from sla.results import RESULTS, ResultsFile
 from sla.training.memory import (
     MemorySettings,
-    TransformerShape,
-    block_table_bytes,
+    attention_table_bytes,
     estimate_memory,
     parameters_of,
+    wan_shape,
 )
 
 # Latents of 480p x 81 frames: (channels, frames, height, width) after the autoencoder.
@@ -281,28 +281,16 @@ def estimate(
     model: nn.Module, arm: Arm, mode: str, options: argparse.Namespace, dtype: torch.dtype
 ) -> int:
     """Bytes that `sla.training.memory` expects of the training step."""
-    config = WAN_CONFIGS[options.size]
     frames, height, width = LATENTS[options.size]
-    heads, tokens = config["num_attention_heads"], math.prod((frames, height // 2, width // 2))
-    shape = TransformerShape(
-        width=heads * config["attention_head_dim"],
-        mlp_width=config["ffn_dim"],
-        depth=config["num_layers"],
-        heads=heads,
-        tokens=tokens,
-        text_tokens=TEXT_TOKENS[options.size],
-    )
-    tables, blocks = 0, getattr(arm.config, "block_q", None)
-    if blocks is not None:
-        block_kv, critical = (getattr(arm.config, name) for name in ("block_kv", "critical"))
-        tables = block_table_bytes(heads, tokens, blocks, block_kv, critical)
+    tokens = math.prod((frames, height // 2, width // 2))
+    shape = wan_shape(options.size, tokens, TEXT_TOKENS[options.size])
     settings = MemorySettings(
         compute_bytes=dtype.itemsize,
         fused_optimizer=dtype == torch.bfloat16,
         keep_gradients=False,
         checkpointing=options.checkpointing,
         compiled=mode != "eager",
-        attention_bytes=tables,
+        attention_bytes=attention_table_bytes(arm.config, shape.heads, tokens),
     )
     return estimate_memory(shape, parameters_of(model), settings).total
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sla.attention import AttentionConfig, AttentionMethod, FullConfig
 from sla.models import injection
-from sla.models.video_model import Grid, VideoModel, check_grid
+from sla.models.video_model import Grid, VideoModel, check_grid, check_inputs
 
 
 class DiffusersVideoModel(VideoModel):
@@ -51,33 +50,12 @@ class DiffusersVideoModel(VideoModel):
         Works in the dtype of the weights, or under autocast.
         """
         config = self.transformer.config
-        batch = latents.shape[0]
-        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; they must be "
-                f"(B, {config.in_channels}, T, H, W)"
-            )
-        self.grid(latents.shape)
-        if timestep.shape != (batch,):
-            raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}; it must be ({batch},), one a sample"
-            )
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.text_dim:
-            raise ValueError(
-                f"text has shape {tuple(text.shape)}; it must be ({batch}, L, {config.text_dim})"
-            )
-        if text.shape[1] > self.text_tokens:
+        if text.ndim == 3 and text.shape[1] > self.text_tokens:
             raise ValueError(
                 f"text has {text.shape[1]} tokens; it may have at most {self.text_tokens} "
                 "(model.text_tokens)"
             )
-        if text_mask.shape != text.shape[:2]:
-            raise ValueError(
-                f"text_mask has shape {tuple(text_mask.shape)}; "
-                f"it must be {tuple(text.shape[:2])}, as text"
-            )
-        if text_mask.dtype != torch.bool:
-            raise TypeError(f"text_mask is {text_mask.dtype}; it must be torch.bool")
+        check_inputs(self, config.in_channels, config.text_dim, latents, timestep, text, text_mask)
         dtype = self.transformer.patch_embedding.weight.dtype
         text = text.masked_fill(~text_mask.unsqueeze(-1), 0.0)
         text = F.pad(text, (0, 0, 0, self.text_tokens - text.shape[1]))

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sla.attention import AttentionConfig, AttentionContext, AttentionMethod, build_attention
 from sla.attention.token_order import raster_order, tile_order
-from sla.models.video_model import Grid, ModelConfig, VideoModel, check_grid
+from sla.models.video_model import Grid, ModelConfig, VideoModel, check_grid, check_inputs
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, (N, 1, head_dim / 2), float32
 
@@ -378,8 +378,10 @@ class VideoDiT(VideoModel):
         Works in the dtype of the weights, or under autocast; the modulation and the residual sums
         never run in less than the weights' precision.
         """
-        grid = self._check(latents, timestep, text, text_mask)
         config = self.config
+        grid = check_inputs(
+            self, config.in_channels, config.text_dim, latents, timestep, text, text_mask
+        )
         dtype = self.patch_embedding.weight.dtype
         rotary = rotary_embedding(grid, config.head_dim, config.rope_theta, latents.device)
 
@@ -415,31 +417,6 @@ class VideoDiT(VideoModel):
         if tile is not None:
             velocity = velocity[:, raster_order(grid, tile, latents.device)]
         return unpatchify(velocity, grid, config.patch_size).to(latents.dtype)
-
-    def _check(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Grid:
-        config = self.config
-        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; they must be "
-                f"(B, {config.in_channels}, T, H, W)"
-            )
-        batch = latents.shape[0]
-        if timestep.shape != (batch,):
-            raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}; it must be ({batch},), one a sample"
-            )
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.text_dim:
-            raise ValueError(
-                f"text has shape {tuple(text.shape)}; it must be ({batch}, L, {config.text_dim})"
-            )
-        if text_mask.shape != text.shape[:2]:
-            raise ValueError(
-                f"text_mask has shape {tuple(text_mask.shape)}; "
-                f"it must be {tuple(text.shape[:2])}, as text"
-            )
-        if text_mask.dtype != torch.bool:
-            raise TypeError(f"text_mask is {text_mask.dtype}; it must be torch.bool")
-        return config.grid(latents.shape)
 
     def grid(self, size: Sequence[int]) -> Grid:
         return self.config.grid(size)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from sla.attention import AttentionConfig, AttentionMethod
@@ -108,6 +109,41 @@ class VideoModel(nn.Module, abc.ABC):
         """Ends of the names of the linear layers that LoRA adapts by default."""
 
 
+def check_inputs(
+    model: VideoModel,
+    in_channels: int,
+    text_dim: int,
+    latents: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+) -> Grid:
+    """Refuse inputs of `VideoModel.forward` that do not fit; returns the grid of the latents.
+
+    Raises:
+        ValueError, TypeError: as `VideoModel.forward`.
+    """
+    if latents.ndim != 5 or latents.shape[1] != in_channels:
+        raise ValueError(
+            f"latents have shape {tuple(latents.shape)}; they must be (B, {in_channels}, T, H, W)"
+        )
+    batch = latents.shape[0]
+    if timestep.shape != (batch,):
+        raise ValueError(
+            f"timestep has shape {tuple(timestep.shape)}; it must be ({batch},), one a sample"
+        )
+    if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != text_dim:
+        raise ValueError(f"text has shape {tuple(text.shape)}; it must be ({batch}, L, {text_dim})")
+    if text_mask.shape != text.shape[:2]:
+        raise ValueError(
+            f"text_mask has shape {tuple(text_mask.shape)}; "
+            f"it must be {tuple(text.shape[:2])}, as text"
+        )
+    if text_mask.dtype != torch.bool:
+        raise TypeError(f"text_mask is {text_mask.dtype}; it must be torch.bool")
+    return model.grid(latents.shape)
+
+
 def check_grid(size: Sequence[int], patch_size: Grid) -> Grid:
     """`VideoModel.grid` for patches of that many frames, rows and columns."""
     for name, length, patch in zip(
@@ -122,4 +158,4 @@ def check_grid(size: Sequence[int], patch_size: Grid) -> Grid:
     return frames, height, width
 
 
-__all__ = ["Grid", "ModelConfig", "VideoModel", "check_grid"]
+__all__ = ["Grid", "ModelConfig", "VideoModel", "check_grid", "check_inputs"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from sla.attention.config import BlockSparseConfig
+from sla.attention.config import AttentionConfig, BlockSparseConfig
 from sla.models.families import WanConfig
 from sla.models.video_model import Grid, VideoModel
 from sla.models.wan_sizes import WAN_CONFIGS
@@ -374,23 +374,12 @@ def estimate_run(
     """
     if not isinstance(experiment.model, WanConfig):
         return None
-    sizes = WAN_CONFIGS[experiment.model.size]
-    trainer, optim, attention = experiment.trainer, experiment.optim, model.attention_config
-    heads = sizes["num_attention_heads"]
-    ranks = trainer.sequence_parallel
-    tokens = math.ceil(math.prod(grid) / ranks)
-    shape = TransformerShape(
-        width=heads * sizes["attention_head_dim"],
-        mlp_width=sizes["ffn_dim"],
-        depth=sizes["num_layers"],
-        heads=heads,
-        tokens=tokens,
-        text_tokens=experiment.model.text_tokens,
+    trainer, optim = experiment.trainer, experiment.optim
+    ranks, tokens = trainer.sequence_parallel, math.prod(grid)
+    shape = wan_shape(
+        experiment.model.size, math.ceil(tokens / ranks), experiment.model.text_tokens
     )
-    tables = 0
-    if isinstance(attention, BlockSparseConfig):
-        blocks = (attention.block_q, attention.block_kv, attention.critical)
-        tables = block_table_bytes(max(1, heads // ranks), math.prod(grid), *blocks)
+    tables = attention_table_bytes(model.attention_config, max(1, shape.heads // ranks), tokens)
     parameters = parameters_of(model)
     teacher = parameters.total if experiment.flow.target == "teacher" else 0
     settings = MemorySettings(
@@ -408,6 +397,28 @@ def estimate_run(
         attention_bytes=tables,
     )
     return estimate_memory(shape, parameters, settings)
+
+
+def wan_shape(size: str, tokens: int, text_tokens: int) -> TransformerShape:
+    """The shape of a Wan of a size in `WAN_CONFIGS`."""
+    sizes = WAN_CONFIGS[size]
+    heads = sizes["num_attention_heads"]
+    return TransformerShape(
+        width=heads * sizes["attention_head_dim"],
+        mlp_width=sizes["ffn_dim"],
+        depth=sizes["num_layers"],
+        heads=heads,
+        tokens=tokens,
+        text_tokens=text_tokens,
+    )
+
+
+def attention_table_bytes(attention: AttentionConfig, heads: int, tokens: int) -> int:
+    """`block_table_bytes` of a method; 0 for one that does not route over blocks."""
+    if not isinstance(attention, BlockSparseConfig):
+        return 0
+    blocks = (attention.block_q, attention.block_kv, attention.critical)
+    return block_table_bytes(heads, tokens, *blocks)
 
 
 def block_table_bytes(heads: int, tokens: int, block_q: int, block_kv: int, critical: float) -> int:
