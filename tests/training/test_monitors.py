@@ -20,13 +20,13 @@ from sla.models.text import ByteTextEncoder
 from sla.models.video_model import VideoModel
 from sla.models.wan import build_wan
 from sla.training.config import OptimConfig
+from sla.training.model_flops import forward_flops
 from sla.training.module import DiffusionModule
 from sla.training.monitors import (
     GradientNorms,
     LossByTimestep,
     RoutingMonitor,
     card,
-    forward_flops,
     total_norm,
 )
 

@@ -44,7 +44,6 @@ from sla.training.config import Experiment, TrainerConfig
 from sla.training.module import DiffusionModule
 from sla.training.monitors import (
     ConfigCard,
-    FlopsUtilisation,
     GradientNorms,
     LossByTimestep,
     RoutingMonitor,
@@ -269,7 +268,6 @@ def build_trainer(
         RoutingMonitor(),
         GradientNorms(config.log_every),
         LossByTimestep(config.val_strata, config.log_every * optim.accumulate),
-        FlopsUtilisation(config.log_every * optim.accumulate),
         ConfigCard(asdict(experiment)),
         LastCheckpoint(folder / "checkpoints", config.checkpoint_every, config.log_every),
         best_checkpoint(folder / "checkpoints"),

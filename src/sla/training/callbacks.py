@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import abc
 import random
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from sla.analysis import LayerStatistics, mean_statistics, observe_attention
 from sla.data.module import VideoDataModule
 from sla.data.video import gif_bytes, grid
+from sla.models.video_model import Grid, VideoModel
+from sla.training.model_flops import FORWARDS_OF_A_STEP, forward_flops
 from sla.training.module import DiffusionModule
 from sla.training.sharing import mean_over_group
 from sla.training.strategy import whole_methods
@@ -75,20 +79,26 @@ class RandomState(Callback):
 
 
 class Throughput(Callback):
-    """Logs samples and video tokens per second, and the GPU's peak memory.
+    """Logs samples, video tokens and model FLOP per second of all ranks, and the GPU's peak memory.
+
+    FLOP are the products of the model, once: neither recomputed blocks nor a teacher. Their share
+    of the GPUs' peak (MFU) is logged where Lightning knows that.
 
     Args:
-        every: steps between two rows.
+        every: batches between two rows.
     """
 
     def __init__(self, every: int) -> None:
         self.every = every
         self._samples = 0
         self._tokens = 0
+        self._flops = 0.0
         self._since = 0.0
+        self._step_flops: dict[tuple[Grid, int], float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._samples = self._tokens = 0
+        self._flops = 0.0
         self._since = time.perf_counter()
 
     def on_train_batch_end(
@@ -103,6 +113,7 @@ class Throughput(Callback):
         samples = len(batch["sample_index"]) * trainer.world_size // pl_module.sequence_parallel
         self._samples += samples
         self._tokens += samples * pl_module.tokens(batch["video"])
+        self._flops += samples * self._flops_of_sample(pl_module.model, batch)
         if (batch_idx + 1) % self.every:
             return
         if torch.cuda.is_available():
@@ -111,18 +122,52 @@ class Throughput(Callback):
         seconds = time.perf_counter() - self._since
         pl_module.log("throughput/samples_per_s", self._samples / seconds)
         pl_module.log("throughput/tokens_per_s", self._tokens / seconds)
+        rate = self._flops / seconds
+        pl_module.log("throughput/model_tflops_per_s", rate / 1e12)
+        peak = _peak_flops(trainer, pl_module.device)
+        if peak:
+            used = rate / (peak * trainer.world_size)
+            pl_module.log("throughput/model_flops_utilisation", used)
         self.on_train_start(trainer, pl_module)
 
+    def _flops_of_sample(self, model: VideoModel, batch: Any) -> float:
+        """Of a training step on one sample of the batch."""
+        sizes = model.grid(batch["video"].shape), _text_tokens(batch)
+        if sizes not in self._step_flops:
+            self._step_flops[sizes] = FORWARDS_OF_A_STEP * forward_flops(model, *sizes)
+        return self._step_flops[sizes]
 
-class AttentionStatistics(Callback):
-    """Logs block classes and the error against exact attention on the first validation batch.
 
-    Ranks that share a sample measure their heads; then errors are means over the ranks.
+def _text_tokens(batch: Any) -> int:
+    """Of a batch whose text is encoded, or tokenised; of one with captions alone the bytes."""
+    if "text_mask" in batch:
+        return int(batch["text_mask"].shape[1])
+    return max(len(caption.encode()) for caption in batch["caption"])
+
+
+def _peak_flops(trainer: pl.Trainer, device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+    return get_available_flops(device, dtype)
+
+
+class FirstValidationBatch(Callback, abc.ABC):
+    """Observes attention on the first batch of each validation and logs what was seen.
+
+    Ranks that share a sample see their heads; what is logged is the mean over them.
     """
 
     def __init__(self) -> None:
         self._observing = ExitStack()
-        self._observed: list[LayerStatistics] = []
+
+    @abc.abstractmethod
+    def observe(self, model: VideoModel) -> AbstractContextManager[Any]:
+        """Watches the model's forwards inside the block."""
+
+    @abc.abstractmethod
+    def values(self) -> dict[str, float]:
+        """What was seen, by the names to log it under; the same names on all ranks."""
 
     def on_validation_batch_start(
         self,
@@ -135,7 +180,7 @@ class AttentionStatistics(Callback):
         if batch_idx == 0:
             assert isinstance(pl_module, DiffusionModule)
             self._observing.enter_context(whole_methods(pl_module))
-            self._observed = self._observing.enter_context(observe_attention(pl_module.model))
+            self._observing.enter_context(self.observe(pl_module.model))
 
     def on_validation_batch_end(
         self,
@@ -150,13 +195,11 @@ class AttentionStatistics(Callback):
             return
         self._observing.close()
         assert isinstance(pl_module, DiffusionModule)
-        mean = mean_statistics(self._observed)
-        names = ("error", "error_l1", "critical", "marginal", "negligible")
-        values = [getattr(mean, name) for name in names]
-        values = mean_over_group(values, pl_module.sequence_parallel, pl_module.device)
-        for name, value in zip(names, values, strict=True):
+        seen = self.values()
+        means = mean_over_group(list(seen.values()), pl_module.sequence_parallel, pl_module.device)
+        for name, value in zip(seen, means, strict=True):
             pl_module.log(
-                f"attention/{name}",
+                name,
                 value,
                 on_step=False,
                 on_epoch=True,
@@ -168,6 +211,24 @@ class AttentionStatistics(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self._observing.close()
+
+
+class AttentionStatistics(FirstValidationBatch):
+    """Logs block classes and the error against exact attention on the first validation batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._observed: list[LayerStatistics] = []
+
+    @contextmanager
+    def observe(self, model: VideoModel) -> Iterator[None]:
+        with observe_attention(model) as self._observed:
+            yield
+
+    def values(self) -> dict[str, float]:
+        mean = mean_statistics(self._observed)
+        names = ("error", "error_l1", "critical", "marginal", "negligible")
+        return {f"attention/{name}": getattr(mean, name) for name in names}
 
 
 class SampleVideos(Callback):
