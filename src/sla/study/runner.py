@@ -419,7 +419,7 @@ def _clean_up(experiment: Experiment) -> None:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
 __all__ = ["Outcome", "Runner"]
