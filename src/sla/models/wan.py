@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from sla_kernels.norm_rotary import norm_rotary
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -107,10 +108,8 @@ class WanProcessor(MethodProcessor):
             query = attn.to_q(hidden_states)
             key = attn.to_k(hidden_states)
             value = attn.to_v(hidden_states)
-        heads = (attn.heads, -1)
-        query = _rotate(attn.norm_q(query).unflatten(2, heads), *rotary)
-        key = _rotate(attn.norm_k(key).unflatten(2, heads), *rotary)
-        value = value.unflatten(2, heads)
+        query, key = _normalise_and_rotate(attn, query, key, *rotary)
+        value = value.unflatten(2, (attn.heads, -1))
         output = self.attend(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -121,6 +120,26 @@ class WanProcessor(MethodProcessor):
         output = attn.to_out[0](output)
         output = attn.to_out[1](output)
         return output
+
+
+def _normalise_and_rotate(
+    attn: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(B, N, dim) queries and keys to (B, N, H, D); in one kernel where no gradient is asked for.
+
+    `cos` and `sin`: (1, N, 1, D) float32.
+    """
+    norms = attn.norm_q, attn.norm_k
+    eps = norms[0].eps
+    plain = all(type(norm) is nn.RMSNorm and norm.weight is not None for norm in norms)
+    if plain and query.is_cuda and not torch.is_grad_enabled() and eps == norms[1].eps is not None:
+        weights = norms[0].weight, norms[1].weight
+        return norm_rotary(query, key, *weights, cos, sin, attn.heads, eps)
+    heads = (attn.heads, -1)
+    return (
+        _rotate(attn.norm_q(query).unflatten(2, heads), cos, sin),
+        _rotate(attn.norm_k(key).unflatten(2, heads), cos, sin),
+    )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
