@@ -239,4 +239,4 @@ def test_what_is_missing_is_said(
     printed = capsys.readouterr()
     assert "figure1.png" in printed.out
     assert "figure3" not in printed.out
-    assert printed.err.count("not drawn") == 4  # 3, 4 and the two of kernels
+    assert printed.err.count("not drawn") == 7  # 3, 4, the two of kernels, the three of the study

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from sla_eval.metrics import VideoMetric, build_metric
 
 from sla.cli.main import main
 from sla.study import callbacks, measure, runner
+from sla.study.frames import read_strips, real_clips_of
 from sla.study.records import Records, read_records
 
 TIMES = ("train_step_ms", "denoise_step_ms")
@@ -83,6 +86,37 @@ def test_every_arm_and_seed_is_measured(whole: Path) -> None:
     assert full.value("attention_flops_ratio") == 1
     assert (sla.value("attention_flops_ratio") or 1) < 0.3
     assert not list((whole / "runs").glob("*/*/checkpoints/*"))
+
+
+def test_frames_of_the_first_seed_and_of_the_real_clips_are_kept(study: Path, whole: Path) -> None:
+    records, kept = read_records(whole / "results"), read_strips(whole / "results")
+    of_arms = {arm: kept.pop(records.of("tiny", arm)[0].key) for arm in ("full", "sla")}
+    real = kept.pop(real_clips_of("tiny"))
+    assert not kept  # none of seed 1
+    for strips in (*of_arms.values(), real):
+        assert strips.frames.shape == (2, 4, 16, 16, 3)
+        assert strips.prompts == real.prompts
+        assert strips.prompts[0].endswith(("left.", "right."))
+        assert strips.indices == (0, 1, 2, 3)
+    assert of_arms["full"].noise_seeds == of_arms["sla"].noise_seeds
+    # They are the videos that were scored: flickering of the frames is that in the rows.
+    for arm, strips in of_arms.items():
+        metric = build_metric("temporal_flickering")
+        assert isinstance(metric, VideoMetric)
+        for frames in strips.frames:
+            metric.update(torch.from_numpy(frames).permute(0, 3, 1, 2))
+        scored = records.of("tiny", arm)[0].values("temporal_flickering")
+        assert scored is not None
+        assert metric.per_video == pytest.approx(scored.tolist(), rel=1e-6)
+
+
+def test_no_frames_are_kept_where_none_are_wanted(study: Path, tmp_path: Path) -> None:
+    one = {"full": {"attention.name": "full", "trainer.max_steps": 1, "seeds": [0]}}
+    arms = changed(study, tmp_path, one={"arms": one})
+    arms.write_text(arms.read_text().replace("  prompts: 2\n", "  prompts: 2\n  frames: 0\n"))
+    assert run(arms, tmp_path) == 0
+    assert len(read_records(tmp_path / "results").runs) == 1
+    assert not (tmp_path / "results" / "study" / "frames").exists()
 
 
 def test_arms_of_a_seed_are_paired(whole: Path) -> None:

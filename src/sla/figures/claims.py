@@ -90,21 +90,40 @@ def compare(
     Returns:
         None without such seeds, or if a step was not measured.
     """
+    values = _pairs(records, study, arm, reference, step)
+    if not values:
+        return None
+    stacked = [np.stack([pair[k] for pair in values.values()]) for k in (0, 1)]
+    return Comparison(paired_difference(*stacked, relative=True), tuple(_relative(values)))
+
+
+def by_seed(
+    records: Records, study: str, arm: str, reference: str, step: int | None = None
+) -> list[float]:
+    """The differences of `compare`, one a seed, without its interval over clips."""
+    return _relative(_pairs(records, study, arm, reference, step))
+
+
+_Pairs = dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+def _relative(pairs: _Pairs) -> list[float]:
+    return [float((a - b).mean() / b.mean()) for a, b in pairs.values()]
+
+
+def _pairs(records: Records, study: str, arm: str, reference: str, step: int | None) -> _Pairs:
+    """Losses of both arms by seed, of equal shape; none if a seed's were not measured."""
     ours, theirs = ({run.seed: run for run in records.of(study, a)} for a in (arm, reference))
-    values: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+    values: _Pairs = {}
     for seed in sorted(ours.keys() & theirs.keys()):
         run, other = ours[seed], theirs[seed]
         if run.end.get("weights_sha256") != other.end.get("weights_sha256"):
             continue  # they did not start from the same model
         a, b = run.values("val_loss", step), other.values("val_loss", step)
         if a is None or b is None or a.shape != b.shape:
-            return None
-        values.append((a, b))
-    if not values:
-        return None
-    stacked = [np.stack([pair[k] for pair in values]) for k in (0, 1)]
-    estimate = paired_difference(*stacked, relative=True)
-    return Comparison(estimate, tuple(float((a - b).mean() / b.mean()) for a, b in values))
+            return {}
+        values[seed] = (a, b)
+    return values
 
 
 def full_for(records: Records, study: str, arm: str) -> str:

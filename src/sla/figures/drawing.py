@@ -12,8 +12,11 @@ from sla.figures import (
     figure4,
     figure6a,
     figure6b,
+    frame_strips,
     method_errors,
+    quality_sparsity,
     recall,
+    training_progress,
 )
 from sla.figures.figure6a import FigureError
 
@@ -39,6 +42,9 @@ FIGURES: tuple[Draw, ...] = (
     _of_results(method_errors.draw),
     _of_results(recall.draw),
     _of_results(attention_trends.draw),
+    _of_results(frame_strips.draw),
+    _of_results(quality_sparsity.draw),
+    _of_results(training_progress.draw),
 )
 
 __all__ = ["FIGURES", "FigureError"]

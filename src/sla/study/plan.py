@@ -66,15 +66,18 @@ class Measures:
         prompts: how many of them, evenly spaced, at least 2; 0 for no videos.
         video_metrics: metrics of `sla_eval` that need no weights; those that need a reference get
             the video of the pretrained full-attention model of the same prompt and seed.
+        frames: of so many of the prompts, evenly spaced, a few frames are kept as a picture (see
+            `sla.study.frames`), of each arm's first seed; 0 for none. Changes no number.
     """
 
     attention_clips: int = 4
     prompt_shards: list[str] = field(default_factory=list)
     prompts: int = 0
     video_metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim"])
+    frames: int = 4
 
     def __post_init__(self) -> None:
-        for name, least in (("attention_clips", 1), ("prompts", 0)):
+        for name, least in (("attention_clips", 1), ("prompts", 0), ("frames", 0)):
             _require(getattr(self, name) >= least, f"measures.{name}", getattr(self, name), least)
         if self.prompts == 1:
             raise StudyError("measures.prompts is 1; a distance of sets needs at least 2, or 0")
@@ -257,11 +260,13 @@ class Plan:
             weights: checksum of the weights that all arms start from.
             evaluator: checksum of the evaluator's file, or empty.
         """
+        measures = dataclasses.asdict(self.measures)
+        del measures["frames"]  # pictures, on which no number depends
         content = {
             "version": VERSION,
             "study": self.name,
             "numbers": job.numbers,
-            "measures": dataclasses.asdict(self.measures),
+            "measures": measures,
             "weights": weights,
             "evaluator": evaluator,
         }

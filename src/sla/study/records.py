@@ -91,6 +91,11 @@ class Run:
     source: Results
 
     @property
+    def key(self) -> Key:
+        """What names it."""
+        return (self.study, self.arm, self.digest, self.seed)
+
+    @property
     def last(self) -> int:
         """The last step measured."""
         return max((step for step, _ in self.rows), default=0)
@@ -127,6 +132,10 @@ class Records:
             return []
         newest = max(found, key=lambda run: str(run.end.get("date", "")))
         return sorted((r for r in found if r.digest == newest.digest), key=lambda r: r.seed)
+
+    def studies(self) -> list[str]:
+        """Names of the studies that have a finished run, in the order of the files."""
+        return list(dict.fromkeys(run.study for run in self.runs.values()))
 
     def arms(self, study: str) -> list[str]:
         """Names of the arms that have a finished run, in the order of the files."""

@@ -28,12 +28,20 @@ from sla.data.module import VideoBatch, VideoDataModule
 from sla.files import file_sha256, write_text
 from sla.study.callbacks import Curve, OutOfTimeError
 from sla.study.evaluator import Evaluator, load_evaluator
+from sla.study.frames import real_clips_of, spread, write_strips
 from sla.study.labels import Prompt, read_prompts
 from sla.study.measure import measure_attention, proj_norm, triple_losses, validation_batches
 from sla.study.parts import join
 from sla.study.plan import Job, Plan, StudyError
 from sla.study.records import FAILED, FINISHED, Key, Records, StudyResults, measurement
-from sla.study.videos import Videos, check_metrics, sample_prompts, score
+from sla.study.videos import (
+    Videos,
+    check_metrics,
+    real_clips,
+    sample_prompts,
+    score,
+    strips_of,
+)
 from sla.training.build import (
     build_data,
     build_module,
@@ -114,6 +122,7 @@ class Runner:
                 plan.measures.prompts,
                 plan.base_experiment().data.caption_field,
             )
+        self._shown = spread(plan.measures.frames, len(self.prompts))  # of which frames are kept
         self._batches: dict[str, list[VideoBatch]] = {}
         self._references: dict[str, Videos] = {}
 
@@ -142,10 +151,12 @@ class Runner:
 
         Raises:
             StudyError: the GPU cannot be used any more in this process.
+            DataError: a clip whose frames are kept cannot be read.
             OSError: rows cannot be written.
         """
         deadline = None if max_seconds is None else time.monotonic() + max_seconds
         outcome = Outcome()
+        without_real_clips = bool(self._shown)
         for job in jobs:
             key, name = self.key(job), f"{job.arm.name}/{job.seed}"
             if key in records.runs or (key in records.failures and not retry):
@@ -154,6 +165,9 @@ class Runner:
             if outcome.left or (deadline is not None and time.monotonic() > deadline):
                 outcome.left.append(name)
                 continue
+            if without_real_clips:
+                self._keep_real_clips(results.root)
+                without_real_clips = False
             log.info(f"{name}: {job.arm.group}, {key[2]}")
             common = {
                 "study": self.plan.name,
@@ -164,7 +178,7 @@ class Runner:
                 "method": job.experiment.attention.name,
             }
             try:
-                rows, end = self._run(job, key, deadline)
+                rows, end = self._run(job, key, deadline, results.root)
             except OutOfTimeError:
                 log.info(f"{name}: time is over; the same command goes on with it")
                 outcome.left.append(name)
@@ -187,8 +201,8 @@ class Runner:
         study, arm, digest, seed = key
         return self.runs / study / f"{arm}-{seed}-{digest[:8]}"
 
-    def _run(self, job: Job, key: Key, deadline: float | None) -> tuple[list[Row], Row]:
-        """Rows and the last row's own fields."""
+    def _run(self, job: Job, key: Key, deadline: float | None, root: Path) -> tuple[list[Row], Row]:
+        """Rows and the last row's own fields; frames go to the results folder `root`."""
         begun = time.monotonic()
         path = self._path(key)
         experiment = replace(
@@ -256,7 +270,11 @@ class Runner:
         if self.prompts and job.arm.videos:
             if deadline is not None and time.monotonic() > deadline:
                 raise OutOfTimeError
-            rows.add(self._videos(experiment, module, last, device))
+            measured, videos = self._videos(experiment, module, last, device)
+            if self._shown and job.seed == job.arm.seeds[0]:  # one seed: files are committed
+                noise = experiment.sampling.seed
+                write_strips(strips_of(key, videos, self.prompts, noise, self._shown), root)
+            rows.add(measured)
         exact = rows.value(last, "exact_fraction")
         found = [{**row, "sparsity": None if exact is None else 1 - exact} for row in rows.rows]
         _remove_checkpoints(folder)
@@ -324,7 +342,7 @@ class Runner:
 
     def _videos(
         self, experiment: Experiment, module: DiffusionModule, step: int, device: torch.device
-    ) -> list[Row]:
+    ) -> tuple[list[Row], Videos]:
         reference = self._reference(experiment, device)
         sampled = sample_prompts(experiment, module, self.prompts)
         rows = score(
@@ -339,7 +357,15 @@ class Runner:
         )
         if sampled.step_ms is not None:
             rows.append(measurement(step, "denoise_step_ms", sampled.step_ms))
-        return rows
+        return rows, sampled.videos
+
+    def _keep_real_clips(self, root: Path) -> None:
+        """Frames of the real clips whose captions the shown prompts are. Raises DataError."""
+        shown = [self.prompts[i] for i in self._shown]
+        data = self.plan.base_experiment().data
+        videos = real_clips(data, self.plan.measures.prompt_shards, shown)
+        key = real_clips_of(self.plan.name)
+        write_strips(strips_of(key, videos, shown, None, range(len(shown))), root)
 
     def _reference(self, experiment: Experiment, device: torch.device) -> Videos:
         """The pretrained full-attention model's videos, made once a session."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,15 @@ from sla_eval.metrics import VideoMetric, build_metric, metric_class
 from sla_eval.metrics.frechet import frechet_distance
 from torch import Tensor
 
+from sla.data.manifest import DataError
+from sla.data.module import DataConfig, VideoDataModule
+from sla.data.streaming import ShardWindows
+from sla.data.video import to_frames
 from sla.study.evaluator import Evaluator, find
+from sla.study.frames import Strips, frame_indices
 from sla.study.labels import Prompt
 from sla.study.plan import StudyError
-from sla.study.records import ACCURACY, FRECHET, measurement
+from sla.study.records import ACCURACY, FRECHET, Key, measurement
 from sla.training.config import Experiment
 from sla.training.generation import StageSeconds
 from sla.training.module import DiffusionModule
@@ -51,6 +56,64 @@ def sample_prompts(
         videos = sample_videos(experiment, module, texts, timings=stages.append)
     steps = [seconds for stage in stages[1:] for seconds in stage.steps]
     return Sampled(videos, 1e3 * float(np.median(steps)) if steps else None)
+
+
+def real_clips(data: DataConfig, shards: Sequence[str], prompts: Sequence[Prompt]) -> Videos:
+    """The held-out clips whose captions the prompts are, cut as validation clips are.
+
+    Args:
+        data: how clips are cut, of shards.
+        shards: tar files that hold them.
+
+    Returns:
+        uint8 (prompts, T, H, W, 3).
+
+    Raises:
+        DataError: a clip is not there or cannot be read.
+    """
+    shards = list(shards)
+    config = replace(data, val_shards=shards, val_clips=0, val_windows=1, num_workers=0)
+    loader: Any = VideoDataModule(config).val_dataloader()
+    windows: ShardWindows = loader.dataset
+    places = {windows.source.name(p): i for i, p in enumerate(windows.chosen)}
+    videos: list[Videos] = []
+    for prompt in prompts:
+        place = places.get(prompt.id)
+        sample = None if place is None else windows[place]
+        if sample is None or not sample["weight"]:
+            raise DataError(
+                f"clip {prompt.id} of {shards} cannot be read, and its frames are to be kept "
+                "(measures.frames of 0 keeps none)"
+            )
+        videos.append(to_frames(sample["video"]))
+    return np.stack(videos)
+
+
+def strips_of(
+    key: Key,
+    videos: Videos,
+    prompts: Sequence[Prompt],
+    noise_seed: int | None,
+    shown: Sequence[int],
+) -> Strips:
+    """Frames of some of the videos.
+
+    Args:
+        key: what names the run.
+        videos: uint8 (prompts, T, H, W, 3), of all prompts or of those shown.
+        prompts: as many.
+        noise_seed: of prompt 0's initial noise; None of real clips.
+        shown: numbers of the prompts to keep.
+    """
+    indices = frame_indices(videos.shape[1])
+    return Strips(
+        *key,
+        prompts=tuple(prompts[i].text for i in shown),
+        clips=tuple(prompts[i].id for i in shown),
+        noise_seeds=() if noise_seed is None else tuple(noise_seed + i for i in shown),
+        indices=indices,
+        frames=np.ascontiguousarray(videos[list(shown)][:, list(indices)]),
+    )
 
 
 def check_metrics(names: Sequence[str]) -> None:
