@@ -7,6 +7,9 @@ is an error. `backbone_table` lists all of them.
 
 Every metric also takes its network as an argument, so that any other can be measured or tested
 with; these are called as the classes here are.
+
+`random_backbone` builds the same architectures with random weights, to measure speed where no
+weights are: what they say about a video means nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
+import logging
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -81,11 +86,16 @@ class Backbone:
         name: in this registry.
         title: what it is.
         sources: ways to it; the first that is complete is taken.
+        random: builds its architecture, with random weights, of the packages of the first source.
+            None where that takes files too; a source without files needs none.
+        why_not_random: where `random` is None, what its architecture comes from.
     """
 
     name: str
     title: str
     sources: tuple[Source, ...]
+    random: Callable[[], nn.Module] | None = None
+    why_not_random: str = ""
 
 
 _BACKBONES: dict[str, Backbone] = {}
@@ -175,6 +185,62 @@ def load_backbone(name: str, weights_dir: str | os.PathLike[str] | None = None) 
     raise BackboneUnavailableError(str(missing_backbone(name, weights_dir)))
 
 
+def comes_with_weights(name: str) -> bool:
+    """Whether a backbone's weights are in a package, so that no file is looked for.
+
+    Raises:
+        ValueError: no backbone has this name.
+    """
+    return any(not source.files for source in get_backbone(name).sources)
+
+
+def missing_random_backbone(name: str) -> str | None:
+    """None if `random_backbone` can build this one, else why not, in one line.
+
+    Raises:
+        ValueError: no backbone has this name.
+    """
+    backbone = get_backbone(name)
+    if comes_with_weights(name):
+        return missing_backbone(name)
+    if backbone.random is None:
+        why = backbone.why_not_random or "it cannot be built without its files"
+        return f"{backbone.title} with random weights: {why}"
+    packages = _missing_packages(backbone.sources[0])
+    return f"{backbone.title} is missing: needs {' and '.join(packages)}" if packages else None
+
+
+def random_backbone(name: str, device: str | torch.device = "cpu") -> nn.Module:
+    """A backbone with random weights, to measure speed with; no score may be made of it.
+
+    It is the network of `load_backbone` but for the numbers in it: same class, parameters, dtype.
+    The weights are always the same. One whose weights are in its package has those.
+
+    Args:
+        name: of a registered backbone.
+        device: where it is built and stays; a GPU draws the numbers faster.
+
+    Raises:
+        ValueError: no backbone has this name.
+        BackboneUnavailableError: a package is missing, or the architecture is in the files.
+    """
+    missing = missing_random_backbone(name)
+    if missing is not None:
+        raise BackboneUnavailableError(missing)
+    build = get_backbone(name).random
+    if build is None:
+        return load_backbone(name).to(device)
+    device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        network = build()
+        for parameter in network.parameters():
+            # Where weights are always loaded, the constructor leaves zeros.
+            if parameter.requires_grad and not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
+    return network.to(device).eval().requires_grad_(False)
+
+
 def weight_checksums(
     name: str, weights_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, str]:
@@ -228,18 +294,20 @@ def _check_digest(file: WeightFile, path: Path) -> None:
         )
 
 
-def _missing(source: Source, folder: Path) -> list[str]:
-    parts = [
+def _missing_packages(source: Source) -> list[str]:
+    return [
         f"package {package} ({how})"
         for package, how in source.packages.items()
         if not _has_package(package)
     ]
-    parts += [
+
+
+def _missing(source: Source, folder: Path) -> list[str]:
+    return _missing_packages(source) + [
         f"{file.path} in {folder} ({file.origin})"
         for file in source.files
         if not (folder / file.path).exists()
     ]
-    return parts
 
 
 def _has_package(name: str) -> bool:
@@ -288,6 +356,7 @@ register_backbone(
                 _load_dino,
             ),
         ),
+        random=DinoViT,
     )
 )
 
@@ -351,6 +420,21 @@ def _load_open_clip(path: Path) -> nn.Module:
     return OpenClip(model, open_clip.get_tokenizer("ViT-B-32"))  # one tokenizer for all of them
 
 
+def _random_open_clip(architecture: str) -> nn.Module:
+    import open_clip
+
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that the weights are random
+    try:
+        model = open_clip.create_model(
+            architecture, pretrained=None, precision="fp32", device=torch.get_default_device()
+        )
+    finally:
+        logger.setLevel(level)
+    return OpenClip(model, open_clip.get_tokenizer("ViT-B-32"))
+
+
 def _load_transformers_clip(folder: Path) -> nn.Module:
     from transformers import CLIPModel, CLIPTokenizer
 
@@ -388,6 +472,8 @@ def _clip(name: str, title: str, file: str, sha256: str, hub_id: str) -> None:
                     _load_transformers_clip,
                 ),
             ),
+            # open_clip's name of what it builds from OpenAI's file.
+            random=functools.partial(_random_open_clip, f"{file.removesuffix('.pt')}-quickgelu"),
         )
     )
 
@@ -408,8 +494,12 @@ _clip(
 )
 
 
+def _aesthetic_head() -> nn.Module:
+    return nn.Linear(768, 1)
+
+
 def _load_aesthetic_head(path: Path) -> nn.Module:
-    head = nn.Linear(768, 1)
+    head = _aesthetic_head()
     head.load_state_dict(_state_dict(path))
     return head
 
@@ -425,6 +515,7 @@ register_backbone(
                 _load_aesthetic_head,
             ),
         ),
+        random=_aesthetic_head,
     )
 )
 
@@ -440,10 +531,14 @@ class Musiq(nn.Module):
         return self.model(frame)
 
 
-def _load_musiq(path: Path) -> nn.Module:
+def _musiq(**weights: Any) -> nn.Module:
     from pyiqa.archs.musiq_arch import MUSIQ
 
-    return Musiq(MUSIQ(pretrained_model_path=str(path)))
+    return Musiq(MUSIQ(**weights))
+
+
+def _load_musiq(path: Path) -> nn.Module:
+    return _musiq(pretrained_model_path=str(path))
 
 
 register_backbone(
@@ -463,6 +558,7 @@ register_backbone(
                 _load_musiq,
             ),
         ),
+        random=functools.partial(_musiq, pretrained=False),
     )
 )
 
@@ -522,14 +618,28 @@ class Inception(nn.Module):
         return self.model(frames)
 
 
-def _load_inception(path: Path) -> nn.Module:
+def _inception() -> Inception:
+    """The network as its constructor draws it: the package's loads weights in the constructor."""
     from torchmetrics.image.fid import NoTrainInceptionV3
 
-    return Inception(
-        NoTrainInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
-        )
-    )
+    class Unloaded(NoTrainInceptionV3):
+        loading = False
+
+        def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return super().load_state_dict(*args, **kwargs) if self.loading else None
+
+    empty: Any = io.BytesIO()  # typed as a path, and given to `torch.load`
+    torch.save({}, empty)
+    empty.seek(0)
+    network = Unloaded("inception-v3-compat", ["2048"], feature_extractor_weights_path=empty)
+    network.loading = True
+    return Inception(network)
+
+
+def _load_inception(path: Path) -> nn.Module:
+    network = _inception()
+    network.model.load_state_dict(_state_dict(path))
+    return network
 
 
 register_backbone(
@@ -549,6 +659,7 @@ register_backbone(
                 _load_inception,
             ),
         ),
+        random=_inception,
     )
 )
 
@@ -564,21 +675,25 @@ class Lpips(nn.Module):
         return self.model(frames, references).flatten()
 
 
-def _load_lpips(path: Path) -> nn.Module:
+def _lpips() -> Lpips:
     # The heads come with torchmetrics; only the trunk's weights would be downloaded.
     from torchmetrics.functional.image.lpips import _LPIPS
 
-    network = _LPIPS(pretrained=True, net="alex", pnet_rand=True)
+    return Lpips(_LPIPS(pretrained=True, net="alex", pnet_rand=True))
+
+
+def _load_lpips(path: Path) -> nn.Module:
+    network: Any = _lpips()
     trunk = _state_dict(path)
     # torchmetrics cuts the trunk into slices and keeps each layer's number: net.slice2.3.weight
     # is the trunk's features.3.weight. The classifier is not used.
-    for key, parameter in network.net.state_dict(keep_vars=True).items():
+    for key, parameter in network.model.net.state_dict(keep_vars=True).items():
         source = trunk["features." + key.split(".", 1)[1]]
         if source.shape != parameter.shape:
             raise ValueError(f"{key} has shape {tuple(source.shape)}")
         with torch.no_grad():
             parameter.copy_(source)
-    return Lpips(network)
+    return network
 
 
 register_backbone(
@@ -596,6 +711,7 @@ register_backbone(
                 _load_lpips,
             ),
         ),
+        random=_lpips,
     )
 )
 
@@ -618,12 +734,25 @@ class Raft(nn.Module):
         return flows[-1]
 
 
-def _load_raft(path: Path) -> nn.Module:
+def _raft() -> Raft:
     from torchvision.models.optical_flow import raft_large
 
-    model = raft_large(weights=None)
-    model.load_state_dict(_state_dict(path))
-    return Raft(model)
+    return Raft(raft_large(weights=None))
+
+
+def _load_raft(path: Path) -> nn.Module:
+    network = _raft()
+    network.model.load_state_dict(_state_dict(path))
+    return network
+
+
+def _random_raft() -> nn.Module:
+    network: Any = _raft()
+    # The flow stays 0. Random flow leaves the frame, and the metric stops early at a video that
+    # moves: this one has all of its pairs looked at, the most work there is.
+    for parameter in network.model.update_block.flow_head.conv2.parameters():
+        nn.init.zeros_(parameter).requires_grad_(False)
+    return network
 
 
 register_backbone(
@@ -643,6 +772,7 @@ register_backbone(
                 _load_raft,
             ),
         ),
+        random=_random_raft,
     )
 )
 
@@ -699,6 +829,7 @@ register_backbone(
                 _load_amt,
             ),
         ),
+        why_not_random="its code is no package; a copy lies beside its weights",
     )
 )
 
@@ -706,10 +837,14 @@ register_backbone(
 # ---- videos ---------------------------------------------------------------------------------
 
 
-def _load_viclip(path: Path) -> nn.Module:
+def _viclip() -> nn.Module:
     from open_clip.tokenizer import SimpleTokenizer
 
-    network = ViCLIP(SimpleTokenizer(context_length=32))
+    return ViCLIP(SimpleTokenizer(context_length=32))
+
+
+def _load_viclip(path: Path) -> nn.Module:
+    network = _viclip()
     network.load_state_dict(_state_dict(path, "model"))
     return network
 
@@ -725,6 +860,7 @@ register_backbone(
                 _load_viclip,
             ),
         ),
+        random=_viclip,
     )
 )
 
@@ -762,6 +898,7 @@ register_backbone(
                 _load_i3d,
             ),
         ),
+        why_not_random="its architecture is in its TorchScript file alone",
     )
 )
 
@@ -833,6 +970,7 @@ register_backbone(
                 _load_vision_reward,
             ),
         ),
+        why_not_random="its code comes with its weights",
     )
 )
 
@@ -899,7 +1037,7 @@ class Dover(nn.Module):
         return technical, aesthetic
 
 
-def _load_dover(path: Path) -> nn.Module:
+def _dover() -> Dover:
     from dover.models import DOVER
 
     model = DOVER(
@@ -911,8 +1049,13 @@ def _load_dover(path: Path) -> nn.Module:
         divide_head=True,
         vqa_head={"in_channels": 768, "hidden_channels": 64},
     )
-    model.load_state_dict(_state_dict(path))
     return Dover(model)
+
+
+def _load_dover(path: Path) -> nn.Module:
+    network = _dover()
+    network.model.load_state_dict(_state_dict(path))
+    return network
 
 
 register_backbone(
@@ -927,5 +1070,6 @@ register_backbone(
                 _load_dover,
             ),
         ),
+        random=_dover,
     )
 )

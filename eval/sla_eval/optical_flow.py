@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sla_eval.preprocessing import device_constant
+
 _RADIUS = 3  # of the window, pixels: 7 x 7
 _ITERATIONS = 3  # a level
 _COARSEST = 12  # pixels of the shorter side
@@ -28,7 +30,7 @@ def luma(frames: Tensor) -> Tensor:
     """Brightness (N, 1, H, W), 0 to 1, float32, of uint8 frames (N, C, H, W): ITU-R BT.601."""
     if frames.shape[1] != 3:
         return frames.float().mean(1, keepdim=True) / 255
-    weights = torch.tensor([0.299, 0.587, 0.114], device=frames.device).view(1, 3, 1, 1)
+    weights = device_constant((0.299, 0.587, 0.114), frames.device).view(1, 3, 1, 1)
     return (frames * weights).sum(1, keepdim=True) / 255
 
 

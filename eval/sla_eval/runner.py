@@ -7,6 +7,7 @@ score. Memory holds the videos being scored and a few numbers of each that is do
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 import os
@@ -18,11 +19,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sla_eval.backbones import load_backbone
 from sla_eval.metrics.base import (
     EvalMetric,
     MetricUnavailableError,
@@ -35,7 +37,10 @@ from sla_eval.videos import Video, VideoError, decode_video
 MetricClass = type[VideoMetric] | type[VideoSetMetric]
 Metrics = Mapping[str, MetricClass]
 Progress = Callable[[int, int, str], None]
+Load = Callable[[str], nn.Module]
+Metric = TypeVar("Metric", bound=EvalMetric)
 
+NOT_A_NUMBER = "its score is not a number"
 NO_REFERENCES = "needs reference videos, none were given"
 
 
@@ -148,6 +153,7 @@ def score_videos(
     device: str | torch.device = "cpu",
     weights_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    load: Load | None = None,
 ) -> Scores:
     """Scores videos by several metrics; what cannot be scored is listed, and the rest goes on.
 
@@ -163,6 +169,9 @@ def score_videos(
         device: where the metrics compute.
         weights_dir: folder of the networks' weights (`sla_eval.backbones`).
         progress: called after each video with (done, total, file name).
+        load: gives a network by its name, on any device, in place of `load_backbone` and
+            `weights_dir`; other processes must be able to import it. It raises
+            `BackboneUnavailableError` for those that it has not.
 
     Raises:
         ValueError: workers below 0, or two videos of one name.
@@ -189,6 +198,7 @@ def score_videos(
             has_references=references is not None,
             has_prompts=bool(prompts),
             weights_dir=weights_dir,
+            load=load,
         )
         if reason is None:
             running[name] = cls
@@ -197,7 +207,7 @@ def score_videos(
     joined: dict[str, VideoSetMetric] = {}
     for name, set_class in _set_classes(running).items():
         try:
-            joined[name] = set_class(weights_dir=weights_dir)
+            joined[name] = _build(set_class, weights_dir, load)
         except MetricUnavailableError as error:
             scores.not_available[name] = " ".join(str(error).split())
             del running[name]
@@ -209,12 +219,12 @@ def score_videos(
     jobs = _jobs(files, references or {}, prompts, running, scores)
     results: Iterator[Scored]
     if device.type != "cpu":
-        scorer = Scorer(running, device, weights_dir)
-        results = _with_decoding_threads(jobs, scorer, max(1, workers))
+        scorer = Scorer(running, device, weights_dir, load)
+        results = _on_one_thread(_with_decoding_threads(jobs, scorer, max(1, workers)))
     elif workers == 0:
-        results = _one_by_one(jobs, Scorer(running, device, weights_dir))
+        results = _one_by_one(jobs, Scorer(running, device, weights_dir, load))
     else:
-        results = _in_processes(jobs, (running, weights_dir), workers)
+        results = _in_processes(jobs, (running, weights_dir, load), workers)
     for done, found in enumerate(results, start=1):
         name = found.job.name
         scores.not_available |= found.not_available
@@ -279,9 +289,13 @@ def why_not(
     has_references: bool,
     has_prompts: bool,
     weights_dir: str | os.PathLike[str] | None = None,
+    load: Load | None = None,
 ) -> str | None:
-    """Why a metric cannot run here, and how to get it; None if it can."""
-    reason = cls.availability(weights_dir)
+    """Why a metric cannot run here, and how to get it; None if it can.
+
+    Of a `load` it is not known beforehand what it can give.
+    """
+    reason = cls.availability(weights_dir) if load is None or not cls.backbones else None
     if reason is not None:
         return " ".join(reason.split())
     if cls.needs_reference and not has_references:
@@ -291,6 +305,14 @@ def why_not(
     return None
 
 
+def _build(
+    cls: type[Metric], weights_dir: str | os.PathLike[str] | None, load: Load | None
+) -> Metric:
+    if load is None or not cls.backbones:  # a metric of no network need not know of `load`
+        return cls(weights_dir=weights_dir)
+    return cls(weights_dir=weights_dir, load=load)
+
+
 class Scorer:
     """Metrics that are built once and score one video after another.
 
@@ -298,6 +320,8 @@ class Scorer:
         classes: by name; those that turn out not to be available are left out and noted.
         device: where they compute.
         weights_dir: folder of the networks' weights.
+        load: gives a network by its name; None loads from `weights_dir`. A network is loaded once
+            for all metrics.
     """
 
     def __init__(
@@ -305,13 +329,15 @@ class Scorer:
         classes: Metrics,
         device: torch.device,
         weights_dir: str | os.PathLike[str] | None = None,
+        load: Load | None = None,
     ) -> None:
         self.device = device
+        once = functools.cache(load or functools.partial(load_backbone, weights_dir=weights_dir))
         self.metrics: dict[str, EvalMetric] = {}
         self.not_available: dict[str, str] = {}
         for name, cls in classes.items():
             try:
-                self.metrics[name] = cls(weights_dir=weights_dir).to(device)
+                self.metrics[name] = _build(cls, weights_dir, once).to(device)
             except MetricUnavailableError as error:
                 self.not_available[name] = " ".join(str(error).split())
 
@@ -362,7 +388,7 @@ class Scorer:
                     metric.update(video, reference, prompt=prompt, fps=fps)
                     value, weight = metric.per_video[-1], float(metric.weight(video))
                     if math.isnan(value):
-                        found.skipped[name] = "its score is not a number"
+                        found.skipped[name] = NOT_A_NUMBER
                     else:
                         found.values[name] = (value, weight)
             except ValueError as error:  # a video this metric does not take, such as one frame
@@ -394,8 +420,13 @@ def _to_cpu(state: Any) -> Any:
 
 
 def _one_by_one(jobs: Sequence[Job], scorer: Scorer) -> Iterator[Scored]:
+    yield from _on_one_thread(map(scorer.score, jobs))
+
+
+def _on_one_thread(results: Iterator[Scored]) -> Iterator[Scored]:
+    # Also where threads decode: each would split its copies over all cores.
     with one_thread():
-        yield from map(scorer.score, jobs)
+        yield from results
 
 
 @contextmanager
@@ -433,8 +464,8 @@ def _start_worker(*setup: Any) -> None:
     global _scorer
     torch.set_num_threads(1)
     try:
-        classes, weights_dir = setup
-        _scorer = Scorer(classes, torch.device("cpu"), weights_dir)
+        classes, weights_dir, load = setup
+        _scorer = Scorer(classes, torch.device("cpu"), weights_dir, load)
     except Exception as error:  # an initialiser that fails breaks the pool and hides the reason
         _scorer = error
 
@@ -454,8 +485,8 @@ def _is_ready() -> bool:
     return _own_scorer() is not None
 
 
-# What each worker is started with: metrics by name, and the folder of weights.
-Setup = tuple[Metrics, "str | os.PathLike[str] | None"]
+# What each worker is started with: metrics by name, the folder of weights, and `load`.
+Setup = tuple[Metrics, "str | os.PathLike[str] | None", "Load | None"]
 
 
 def _pool(setup: Setup, workers: int) -> ProcessPoolExecutor:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sla_eval import backbones
+from sla_eval.backbones import get_backbone
+from sla_eval.dino import DinoViT
 
 from sla.benchmark import eval as throughput
 from sla.benchmark.__main__ import main as benchmark
@@ -205,9 +209,11 @@ def test_throughput_is_measured_and_recorded(
 ) -> None:
     measured = throughput.videos_per_second
 
-    def as_if_each_took_a_tenth(metrics: Mapping[str, Any], *arguments: Any) -> float:
+    def as_if_each_took_a_tenth(
+        metrics: Mapping[str, Any], *arguments: Any, **options: Any
+    ) -> float:
         """Measures, but goes by no clock: decoding and each metric take 0.1 s a video."""
-        assert measured(metrics, *arguments) > 0
+        assert measured(metrics, *arguments, **options) > 0
         return 10.0 / (1 + len(metrics))
 
     monkeypatch.setattr(throughput, "videos_per_second", as_if_each_took_a_tenth)
@@ -216,7 +222,7 @@ def test_throughput_is_measured_and_recorded(
     assert benchmark(["eval", *options, *chosen, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("eval/*-throughput.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()][1:]
-    names = ["decode", "psnr", "temporal_flickering", "all without weights"]
+    names = ["decode", "all without weights", "psnr", "temporal_flickering"]
     assert [row["metric"] for row in rows] == names
     assert all(row["videos_per_s"] > 0 for row in rows)
     by = {row["metric"]: row for row in rows}
@@ -226,6 +232,56 @@ def test_throughput_is_measured_and_recorded(
     printed = capsys.readouterr().out
     assert throughput.HEAD in printed
     assert "met" not in printed.replace("metric", ""), "the goal is for 16 frames of 256x256"
+
+
+SMALL = ["eval", "--videos", "2", "--frames", "3", "--size", "64", "--repeats", "1"]
+
+
+def test_networks_are_measured_with_random_weights_and_rows_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = replace(
+        get_backbone("dino_vitb16"), random=lambda: DinoViT(dim=8, depth=1, heads=1, image=32)
+    )
+    monkeypatch.setitem(backbones._BACKBONES, "dino_vitb16", small)
+    names = "subject_consistency,temporal_flickering,motion_smoothness"
+    options = [*SMALL, "--random-weights", "--workers", "0", "--device", "cpu"]
+    assert benchmark([*options, "--metrics", names, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("eval/*-throughput-random-weights.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    assert {row["metric"]: row["weights"] for row in rows} == {
+        "decode": "none",
+        "all": "random",
+        "all without weights": "none",
+        "subject_consistency": "random",
+        "temporal_flickering": "none",
+    }
+    assert all(row["videos_per_s"] > 0 and row["error"] is None for row in rows)
+    printed = capsys.readouterr().out
+    assert "weights are RANDOM" in printed
+    assert "motion_smoothness        left out: AMT-S with random weights" in printed
+
+
+def test_a_row_that_fails_is_kept_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL[:-3], "8", "--repeats", "1", "--workers", "0", "--device", "cpu"]
+    assert benchmark([*options, "--metrics", "ssim,psnr", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("eval/*-throughput.jsonl")
+    by = {r["metric"]: r for r in map(json.loads, path.read_text().splitlines()[1:])}
+    assert "at least 11 pixels" in by["ssim"]["error"]
+    assert by["ssim"]["videos_per_s"] is None
+    assert by["psnr"]["videos_per_s"] > 0
+    assert "at least 11 pixels" in capsys.readouterr().out
+
+
+def test_no_row_begins_after_the_time_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL, "--metrics", "psnr", "--max-seconds", "0", "--device", "cpu"]
+    assert benchmark([*options, "--out", str(tmp_path)]) == 0
+    assert not list(tmp_path.rglob("*.jsonl"))
+    assert "left out: decode, all without weights, psnr" in capsys.readouterr().err
 
 
 def test_throughput_refuses_too_few_videos(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,11 @@ from sla_eval.backbones import (
     WeightFile,
     available_backbones,
     backbone_table,
+    comes_with_weights,
     load_backbone,
     missing_backbone,
+    missing_random_backbone,
+    random_backbone,
     register_backbone,
     weight_checksums,
     weights_folder,
@@ -130,6 +133,80 @@ def test_the_first_complete_source_is_taken(tmp_path: Path) -> None:
     assert text is not None
     assert "a.pth" in text
     assert "; or: b.pth" in text
+
+
+class Zeros(nn.Linear):
+    """As a constructor leaves what is always loaded."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 3)
+        self.token = nn.Parameter(torch.zeros(4))
+
+
+@pytest.mark.usefixtures("registry")
+def test_random_weights_are_always_the_same_and_no_zeros() -> None:
+    source = Source((WeightFile("small.pth", "the shelf"),), {}, load_linear)
+    register_backbone(Backbone("drawn", "A drawn network", (source,), random=Zeros))
+    assert missing_random_backbone("drawn") is None
+    state = torch.get_rng_state()
+    first, second = random_backbone("drawn"), random_backbone("drawn")
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are his"
+    assert not first.training
+    assert first.state_dict().keys() == {"weight", "bias", "token"}
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert not one.requires_grad
+        assert one.any()
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("registry")
+def test_what_cannot_have_random_weights_says_why() -> None:
+    source = Source((WeightFile("small.pth", "the shelf"),), {"no_such_package": "how"}, Zeros)
+    register_backbone(Backbone("packaged", "A", (source,), random=Zeros))
+    register_backbone(Backbone("filed", "B", (source,), why_not_random="it is all in its file"))
+    register_backbone(Backbone("whole", "C", (Source((), {}, Zeros),)))
+    with pytest.raises(BackboneUnavailableError, match=r"A is missing: .*no_such_package \(how\)"):
+        random_backbone("packaged")
+    with pytest.raises(BackboneUnavailableError, match="B with random weights: it is all in its"):
+        random_backbone("filed")
+    assert not random_backbone("whole").token.any(), "its own weights, as loaded"
+    assert [comes_with_weights(name) for name in ("packaged", "filed", "whole")] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name", available_backbones())
+def test_every_network_can_be_built_or_says_why_not(name: str) -> None:
+    backbone = backbones.get_backbone(name)
+    without_files = comes_with_weights(name)
+    assert (backbone.random is not None) + bool(backbone.why_not_random) + without_files == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("dino_vitb16", [torch.zeros(1, 3, 224, 224)]),
+        ("inception_v3", [torch.zeros(1, 3, 64, 64, dtype=torch.uint8)]),
+        ("lpips_alex", [torch.zeros(1, 3, 64, 64)] * 2),
+        ("raft", [torch.zeros(1, 3, 128, 128)] * 2),
+    ],
+)
+def test_networks_with_random_weights_run(name: str, arguments: list[torch.Tensor]) -> None:
+    if missing := missing_random_backbone(name):
+        pytest.skip(missing)
+    output = random_backbone(name)(*arguments)
+    assert output.isfinite().all()
+    if name == "raft":
+        assert not output.any(), "no video ends early"
+
+
+def test_a_random_clip_is_what_open_clip_makes_of_openais_file() -> None:
+    openai = pytest.importorskip("open_clip.openai", exc_type=ImportError)
+    drawn = random_backbone("clip_vit_b32").model
+    state = dict(drawn.state_dict())
+    made = openai.build_model_from_openai_state_dict(state, cast_dtype=None).float()
+    assert repr(made) == repr(drawn)
+    image = torch.rand(1, 3, 224, 224)
+    half = made.encode_image(image)  # its weights went through float16
+    assert torch.allclose(drawn.encode_image(image), half, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.usefixtures("registry")

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from sla_eval import VideoMetric, available_metrics, build_metric, metric_class, register_metric
+from sla_eval.metrics.base import BatchedNetworkMetric
 from torch import Tensor
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
@@ -243,3 +244,35 @@ def test_metrics_say_what_they_are(name: str) -> None:
     assert isinstance(cls.higher_is_better, bool)
     for word in ("Formula:", "Inputs:", "Range:", "Average:", "Source:"):
         assert word in (cls.__doc__ or ""), f"{name} does not say its {word}"
+
+
+@pytest.mark.parametrize("name", ["psnr", "ssim", "temporal_flickering", "warping_error"])
+def test_many_frames_in_a_call_as_on_a_gpu_score_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = metric_class(name)
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 256, (7, 3, 4, 5), generator=generator).float()
+    noise = torch.randint(0, 20, (2, 7, 3, 32, 40), generator=generator)
+    smooth = torch.nn.functional.interpolate(levels, (32, 40), mode="bilinear")
+    video, reference = (smooth + noise).clamp(0, 255).to(torch.uint8)
+    values = []
+    for size in (1, 3, 100):
+        monkeypatch.setattr(f"{cls.__module__}.frames_at_once", lambda frames, size=size: size)
+        metric = cls()
+        metric.update(video, reference)
+        values.append(float(metric.compute()))
+    assert values[0] not in (0.0, 1.0)
+    assert values == pytest.approx([values[0]] * 3, rel=1e-12)
+
+
+def test_pairs_at_once_on_a_gpu_fit_its_memory() -> None:
+    metric = metric_class("dynamic_degree")(backbone=torch.nn.Identity())
+    assert isinstance(metric, BatchedNetworkMetric)
+    assert metric.pairs_at_once(torch.empty(9, 3, 256, 256)) == 1
+    for height, width, pairs in ((256, 256, 16), (480, 832, 6), (2160, 3840, 1)):
+        frames = torch.empty(9, 3, height, width, device="meta")  # any that is not the CPU
+        assert metric.pairs_at_once(frames) == pairs
+    given = metric_class("dynamic_degree")(backbone=torch.nn.Identity(), batch_size=2)
+    assert isinstance(given, BatchedNetworkMetric)
+    assert given.pairs_at_once(torch.empty(9, 3, 256, 256, device="meta")) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import random
 import shutil
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 import sla_eval.runner
 import torch
+from sla_eval.__main__ import build_parser
+from sla_eval.backbones import BackboneUnavailableError
 from sla_eval.metrics import TemporalFlickering, VideoMetric, metric_class
-from sla_eval.metrics.base import MetricUnavailableError, VideoSetMetric
+from sla_eval.metrics.base import MetricUnavailableError, NetworkMetric, VideoSetMetric
 from sla_eval.prompts import Prompt
 from sla_eval.report import choose_metrics, score_files, score_folder
 from sla_eval.runner import Job, Scored, Scorer, default_workers, score_videos
 from sla_eval.videos import decode_video
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.utilities import dim_zero_cat
 
 from sla.data.video import write_video
@@ -219,6 +222,53 @@ def test_sets_take_every_video_and_every_reference(sets: tuple[list[Path], list[
     assert again["metrics"]["mean_distance"]["mean"] == entry["mean"], "bit for bit"
     few = score_files(videos[:1], references, {"mean_distance": MeanDistance})
     assert "at least 2 videos" in few["metrics"]["mean_distance"]["not_available"]
+
+
+class Gain(NetworkMetric):
+    """Mean level times a network's weight."""
+
+    name = "gain"
+    title = "Gain"
+    higher_is_better = True
+    value_range: ClassVar[tuple[float, float]] = (0.0, 255.0)
+    backbones = ("raft",)
+
+    def score(self, video: Tensor, reference: Tensor | None) -> float:
+        return float(video.float().mean() * self.backbone.weight)
+
+
+class Absence(Gain):
+    """A network that is not there."""
+
+    name = "absence"
+    backbones = ("amt_s",)
+
+
+def test_networks_can_be_given_and_are_loaded_once(sets: tuple[list[Path], list[Path]]) -> None:
+    asked: list[str] = []
+
+    def load(name: str) -> nn.Module:
+        asked.append(name)
+        if name == "amt_s":
+            raise BackboneUnavailableError("no amt_s here")
+        network = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(network.weight, 0.5)
+        return network
+
+    classes = {"gain": Gain, "again": Gain, "absence": Absence, **CLASSES}
+    found = score_videos(sets[0][:2], classes, load=load)
+    assert sorted(asked) == ["amt_s", "raft"]
+    expected = decode_video(sets[0][0]).frames.float().mean() / 2
+    assert found.values["gain"]["0.mp4"] == pytest.approx(float(expected))
+    assert found.values["again"] == found.values["gain"]
+    assert found.not_available["absence"] == "no amt_s here"
+    assert len(found.values["temporal_flickering"]) == 2
+
+
+def test_reports_take_published_weights_alone() -> None:
+    for function in (score_files, score_folder):
+        assert "load" not in inspect.signature(function).parameters
+    assert "random" not in build_parser().format_help()
 
 
 def test_prompt_and_frame_rate_reach_the_metric(sets: tuple[list[Path], list[Path]]) -> None:

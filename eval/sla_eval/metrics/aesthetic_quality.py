@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,8 +68,8 @@ class AestheticQuality(BatchedNetworkMetric):
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:
         check_rgb(video)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for frames in chunks(video.to(self.device), self.batch_size):
             features = self.backbone.encode_image(vbench_clip_frames(frames)).float()
-            total += self.head(F.normalize(features, dim=-1)).double().sum().item()
-        return total / len(video) / 10
+            total += self.head(F.normalize(features, dim=-1)).double().sum()
+        return total.item() / len(video) / 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,11 @@ class EvalMetric(Metric):
         needs_fps: whether `update` needs the video's frame rate.
         source: the paper or code that defines it, one line.
         backbones: names in `sla_eval.backbones` of the networks that it runs.
+
+    Args:
+        weights_dir: folder of their weights (`sla_eval.backbones`).
+        load: gives a network by its name, in place of `load_backbone` from that folder.
+        kwargs: of `torchmetrics.Metric`.
     """
 
     name: ClassVar[str]
@@ -45,8 +51,15 @@ class EvalMetric(Metric):
     backbones: ClassVar[tuple[str, ...]] = ()
     full_state_update = False  # a video's value does not depend on earlier videos
 
-    def __init__(self, weights_dir: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        weights_dir: str | os.PathLike[str] | None = None,
+        *,
+        load: Callable[[str], torch.nn.Module] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self._loader = load
         self._weights_dir = weights_dir
 
     @classmethod
@@ -65,12 +78,14 @@ class EvalMetric(Metric):
         return None
 
     def _load(self, backbone: str) -> torch.nn.Module:
-        """A backbone by name, from the folder of weights.
+        """A backbone by name, from `load` or else the folder of weights.
 
         Raises:
             MetricUnavailableError: a package or a file is missing, or is not what it should be.
         """
         try:
+            if self._loader is not None:
+                return self._loader(backbone)
             return load_backbone(backbone, self._weights_dir)
         except BackboneUnavailableError as error:
             raise MetricUnavailableError(str(error)) from error
@@ -198,7 +213,7 @@ class BatchedNetworkMetric(NetworkMetric):
     """A `NetworkMetric` whose network takes several frames, or pairs of frames, at a time.
 
     Args:
-        batch_size: how many; no score depends on it.
+        batch_size: how many; no score depends on it but by rounding.
     """
 
     default_batch_size: ClassVar[int] = 16
@@ -213,6 +228,19 @@ class BatchedNetworkMetric(NetworkMetric):
         size = check_batch_size(self.default_batch_size if batch_size is None else batch_size)
         super().__init__(backbone, weights_dir, **kwargs)
         self.batch_size = size
+        self._given_batch_size = batch_size is not None
+
+    def pairs_at_once(self, frames: Tensor) -> int:
+        """Pairs of frames (T, C, H, W) for a network that correlates all positions of both.
+
+        `batch_size`, or on a GPU, if none was given, as many as have a GiB of correlations
+        (float32, at an eighth of the size), 16 at most: one at a time leaves a GPU waiting for
+        Python.
+        """
+        if self._given_batch_size or frames.device.type == "cpu":
+            return self.batch_size
+        positions = -(-frames.shape[-2] // 8) * -(-frames.shape[-1] // 8)
+        return max(self.batch_size, min(16, 2**28 // positions**2))
 
 
 class VideoSetMetric(EvalMetric):

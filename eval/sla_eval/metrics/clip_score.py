@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -57,9 +58,9 @@ class ClipScore(BatchedNetworkMetric):
     def score(self, video: Tensor, reference: Tensor | None, *, prompt: str) -> float:
         check_rgb(video)
         text = self.backbone.encode_text([prompt]).float()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for frames in chunks(video.to(self.device), self.batch_size):
             features = self.backbone.encode_image(clip_frames(frames)).float()
             cosines = F.cosine_similarity(features, text).clamp(0, 1)
-            total += 100 * cosines.double().sum().item()
-        return total / len(video)
+            total += 100 * cosines.double().sum()
+        return total.item() / len(video)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,16 +38,10 @@ class FeatureConsistency(BatchedNetworkMetric):
         check_rgb(video)
         if len(video) < 2:
             raise ValueError(f"video must have at least 2 frames, got {len(video)}")
-        first = previous = None
-        total = 0.0
-        for frames in chunks(video.to(self.device), self.batch_size):
-            features = F.normalize(self.features(frames).float(), dim=-1)
-            for feature in features:
-                if first is None or previous is None:
-                    first = feature
-                else:
-                    for other in (first, previous):
-                        similarity = F.cosine_similarity(other, feature, dim=0).item()
-                        total += min(max(0.0, similarity), 1.0) / 2  # rounding alone passes 1
-                previous = feature
-        return total / (len(video) - 1)
+        parts = chunks(video.to(self.device), self.batch_size)
+        features = torch.cat([F.normalize(self.features(part).float(), dim=-1) for part in parts])
+        total = sum(
+            F.cosine_similarity(others, features[1:], dim=-1).clamp(0, 1).double().sum()
+            for others in (features[:1], features[:-1])  # rounding alone passes 1
+        )
+        return float(total) / 2 / (len(video) - 1)

@@ -32,7 +32,7 @@ class DynamicDegree(BatchedNetworkMetric):
         backbone: takes two frames (N, 3, H, W), levels 0 to 255, sides multiples of 8, and gives
             flow (N, 2, H, W) in pixels; None loads RAFT.
         weights_dir: see `sla_eval.backbones`.
-        batch_size: pairs of frames at a time.
+        batch_size: pairs of frames at a time; None chooses.
 
     >>> import torch
     >>> metric = DynamicDegree(backbone=lambda a, b: torch.full_like(a[:, :2], 5.0))
@@ -56,8 +56,9 @@ class DynamicDegree(BatchedNetworkMetric):
         threshold = 6.0 * min(video.shape[-2:]) / 256.0
         needed = round(4 * (len(frames) / 16.0))
         moving = 0
-        for start in range(0, len(frames) - 1, self.batch_size):
-            part, _ = pad_to_multiple(frames[start : start + self.batch_size + 1].float(), 8)
+        size = self.pairs_at_once(frames)
+        for start in range(0, len(frames) - 1, size):
+            part, _ = pad_to_multiple(frames[start : start + size + 1].float(), 8)
             length = self.backbone(part[:-1], part[1:]).norm(dim=1).flatten(1)
             longest = length.topk(max(1, int(length.shape[1] * 0.05)), dim=1).values
             moving += int((longest.mean(dim=1) > threshold).sum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from sla_eval.metrics.base import BatchedNetworkMetric
@@ -62,8 +63,8 @@ class LPIPS(BatchedNetworkMetric):
             chunks(reference.to(self.device), self.batch_size),
             strict=True,
         )
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for frames, others in parts:
             distances = self.backbone(frames / 127.5 - 1, others / 127.5 - 1)
-            total += distances.double().sum().item()
-        return total / len(video)
+            total += distances.double().sum()
+        return total.item() / len(video)

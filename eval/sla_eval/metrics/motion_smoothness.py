@@ -32,7 +32,7 @@ class MotionSmoothness(BatchedNetworkMetric):
         backbone: takes two frames (N, 3, H, W), levels 0 to 1, and gives the one between them;
             None loads AMT-S.
         weights_dir: see `sla_eval.backbones`.
-        batch_size: pairs of frames at a time.
+        batch_size: pairs of frames at a time; None chooses.
 
     >>> import torch
     >>> levels = torch.tensor([10, 20, 30, 40, 50], dtype=torch.uint8)
@@ -58,8 +58,9 @@ class MotionSmoothness(BatchedNetworkMetric):
         count = len(kept) - 1
         height, width = video.shape[-2:]
         total = 0
-        for start in range(0, count, self.batch_size):
-            stop = min(start + self.batch_size, count)
+        size = self.pairs_at_once(video)
+        for start in range(0, count, size):
+            stop = min(start + size, count)
             # One more frame than pairs: the last of one pair is the first of the next.
             frames, (top, left) = pad_to_multiple(kept[start : stop + 1].float() / 255, 16)
             middle = self.backbone(frames[:-1], frames[1:])

@@ -56,7 +56,8 @@ def build_metric(name: str, **kwargs: Any) -> VideoMetric | VideoSetMetric:
 
     Args:
         name: of a registered metric.
-        kwargs: for its constructor; every metric takes `weights_dir`.
+        kwargs: for its constructor; every metric takes `weights_dir`, and those with networks
+            `load` (`EvalMetric`).
 
     Raises:
         ValueError: no metric has this name.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sla_eval.metrics.base import VideoMetric
 from sla_eval.metrics.registry import register_metric
+from sla_eval.preprocessing import chunks, frames_at_once
 
 _WINDOW = 11  # pixels
 _SIGMA = 1.5  # pixels
@@ -54,13 +55,15 @@ class SSIM(VideoMetric):
             raise ValueError(
                 f"video must be at least {_WINDOW} pixels high and wide, got {height} x {width}"
             )
-        pairs = zip(video.flatten(0, 1), reference.flatten(0, 1), strict=True)
-        total = sum(_channel_ssim(a.double(), b.double()) for a, b in pairs)
-        return total / (video.shape[0] * video.shape[1])
+        colours, others = video.flatten(0, 1), reference.flatten(0, 1)
+        size = frames_at_once(colours)
+        pairs = zip(chunks(colours, size), chunks(others, size), strict=True)
+        found = torch.cat([_channel_ssim(a.double(), b.double()) for a, b in pairs])
+        return sum(found.tolist()) / len(found)
 
 
-def _channel_ssim(x: Tensor, y: Tensor) -> float:
-    """SSIM of one colour of two frames, float64 (H, W), levels 0 to 255."""
+def _channel_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM (N,) of single colours of pairs of frames, float64 (N, H, W), levels 0 to 255."""
     # float64: a variance is the difference of two nearly equal moments, and in float32 the SSIM of
     # a flat frame with itself misses 1 by 4e-5. A Gaussian window is the product of a column and a
     # row, 22 taps in place of 121: torchmetrics' own function takes seconds for a float64 frame.
@@ -72,7 +75,7 @@ def _channel_ssim(x: Tensor, y: Tensor) -> float:
     mean_product, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
     luminance = (2 * mean_product + _C1) / (mean_squares + _C1)
     structure = (2 * (product - mean_product) + _C2) / (squares - mean_squares + _C2)
-    return (luminance * structure).mean().item()
+    return (luminance * structure).mean(dim=(-2, -1))
 
 
 def _blur(moments: Tensor, dim: int) -> Tensor:

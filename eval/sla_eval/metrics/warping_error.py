@@ -8,6 +8,7 @@ from torch import Tensor
 from sla_eval.metrics.base import VideoMetric
 from sla_eval.metrics.registry import register_metric
 from sla_eval.optical_flow import video_flow, warp
+from sla_eval.preprocessing import chunks, frames_at_once
 
 
 @register_metric
@@ -44,17 +45,18 @@ class WarpingError(VideoMetric):
 
     def score(self, video: Tensor, reference: Tensor | None) -> float:
         flow = video_flow(video)
-        total, count = 0.0, 0
-        pairs = zip(flow.frames[:-1], flow.frames[1:], flow.forward, flow.backward, strict=True)
-        for before, after, there, back in pairs:
-            moved, inside = warp(torch.cat([after, back])[None], there[None])
+        sums: list[Tensor] = []
+        size = frames_at_once(flow.frames)
+        parts = (flow.frames[:-1], flow.frames[1:], flow.forward, flow.backward)
+        for before, after, there, back in zip(*(chunks(p, size) for p in parts), strict=True):
+            moved, inside = warp(torch.cat([after, back], dim=1), there)
             returned = moved[:, 1:]
             gap = (there + returned).square().sum(1, keepdim=True)
-            lengths = there.square().sum(0) + returned.square().sum(1, keepdim=True)
+            lengths = there.square().sum(1, keepdim=True) + returned.square().sum(1, keepdim=True)
             visible = inside & (gap <= 0.01 * lengths + 0.5)
             error = (before - moved[:, :1]).square() * visible
-            total += error.double().sum().item()
-            count += int(visible.sum())
+            sums.append(torch.stack([error.double().sum(), visible.sum().double()]))
+        total, count = torch.stack(sums).sum(0).tolist()
         if count == 0:
             raise ValueError("video has no pixel that can be followed from a frame to the next")
         return total / count

@@ -4,12 +4,18 @@ The videos are made for it, of the size asked for. Each rate counts decoding, as
 a metric takes by itself is the difference to `decode`. Rates are of the clock, with a process a
 core, whose start does not count; "a core" is of processor time on one thread, so that other
 programs of the machine do not count; the goal is met if two cores that do nothing else meet it. On
-a GPU decoding runs in threads, and there is no rate a core.
+a GPU decoding runs in threads, `decode` too, and there is no rate a core.
+
+Speed does not depend on what the weights are: with --random-weights each network is of the
+published architecture with random numbers in it, and rows say `weights: random`. No score is made
+or shown. The one metric whose work depends on what a network says, dynamic degree, then does all
+of it: the flow is 0, and no video ends early.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shutil
 import sys
@@ -27,9 +33,10 @@ from sla.results import RESULTS, ResultsFile
 SEED = 0
 GOAL = 5.0  # videos a second, metrics without weights, 16 frames of 256x256, two cores
 HEAD = (
-    f"{'metric':24} {'weights':>8} {'workers':>7} {'videos/s':>9} {'videos/s a core':>16} "
+    f"{'metric':24} {'weights':>9} {'workers':>7} {'videos/s':>9} {'videos/s a core':>16} "
     f"{'goal':>6}"
 )
+LONG = 10.0  # seconds; a run that took longer is not repeated
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -38,92 +45,172 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=int, default=16, help="of a video")
     parser.add_argument("--size", type=int, default=256, help="its height and width in pixels")
     parser.add_argument("--workers", type=int, help="processes or threads; default: one a core")
-    parser.add_argument("--repeats", type=int, default=3, help="the quickest counts")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help=f"the quickest counts; one longer than {LONG:g} s is not repeated",
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--metrics", default="all", help="'all', or names separated by commas")
-    parser.add_argument("--weights", type=Path, help="folder of the networks' weights")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--weights", type=Path, help="folder of the networks' weights")
+    weights.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="measure networks of the published architectures with random weights",
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, help="begin no row after this time; the most telling are first"
+    )
     parser.add_argument("--record", action="store_true", help="keep the rows under results/")
     parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, and keep if asked."""
+    """Measure, print, and keep if asked; 1 if a row could not be measured."""
     from sla_eval.report import choose_metrics
-    from sla_eval.runner import why_not
 
+    if options.videos < 2 or min(options.frames, options.size, options.repeats) < 1:
+        print("--videos must be 2 or more, --frames, --size and --repeats 1", file=sys.stderr)
+        return 2
     names = [name.strip() for name in options.metrics.split(",") if name.strip()]
-    classes = choose_metrics(names)
     able, missing = {}, {}
-    for name, cls in classes.items():
-        reason = why_not(cls, has_references=True, has_prompts=True, weights_dir=options.weights)
+    for name, cls in choose_metrics(names).items():
+        reason = why_not_measured(cls, options)
         if reason is None:
             able[name] = cls
         else:
             missing[name] = reason
-    if options.videos < 2 or min(options.frames, options.size, options.repeats) < 1:
-        print("--videos must be 2 or more, --frames, --size and --repeats 1", file=sys.stderr)
-        return 2
     file = None
     if options.record or options.out:
         root = options.out or RESULTS
-        file = ResultsFile("eval", root=root, seed=SEED, label="throughput")
+        label = "throughput-random-weights" if options.random_weights else "throughput"
+        file = ResultsFile("eval", root=root, seed=SEED, label=label)
     folder = Path(tempfile.mkdtemp(prefix="sla-benchmark-"))
+    if options.random_weights:
+        print("weights are RANDOM: rates of the published architectures, no scores")
     print(HEAD)
+    left_out, failed = [], False
     try:
-        for row in measure(options, able, folder):
+        for name, row in measure(options, able, folder):
+            if row is None:
+                left_out.append(name)
+                continue
             print(line(row), flush=True)
+            failed |= row["error"] is not None
             if file is not None:
                 file.append(row)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in missing:
-        print(f"{name:24} not available here (python -m sla_eval says how to get it)")
-    if file is not None:
+    for name, reason in missing.items():
+        print(f"{name:24} left out: {reason}")
+    if left_out:
+        print(f"--max-seconds left out: {', '.join(left_out)}", file=sys.stderr)
+    if file is not None and file.path.exists():
         print(f"recorded in {file.path}")
-    return 0
+    return int(failed)
+
+
+def why_not_measured(cls: Any, options: argparse.Namespace) -> str | None:
+    """Why a metric cannot be measured here, in one line; None if it can."""
+    from sla_eval.backbones import missing_random_backbone
+    from sla_eval.runner import why_not
+
+    if options.random_weights:
+        reasons = [missing_random_backbone(name) for name in cls.backbones]
+        return next((reason for reason in reasons if reason is not None), None)
+    reason = why_not(cls, has_references=True, has_prompts=True, weights_dir=options.weights)
+    return None if reason is None else f"{reason} (python -m sla_eval says how to get it)"
+
+
+def weights_of(cls: Any, random: bool) -> str:
+    """Of a metric's networks: "none" where it has none, else "random" or "published"."""
+    from sla_eval.backbones import comes_with_weights
+
+    if not cls.backbones:
+        return "none"
+    from_files = any(not comes_with_weights(name) for name in cls.backbones)
+    return "random" if random and from_files else "published"
 
 
 def measure(
     options: argparse.Namespace, classes: Mapping[str, Any], folder: Path
-) -> Iterator[dict[str, Any]]:
-    """A row for decoding alone, for each metric, for those without weights, and for all."""
+) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    """Rows by name: of decoding alone, of all metrics, of those without weights, and of each.
+
+    None in place of a row that --max-seconds leaves out.
+    """
+    from sla_eval.backbones import random_backbone
+
+    begin = time.perf_counter()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     workers = (os.cpu_count() or 1) if options.workers is None else options.workers
+    on_cpu = torch.device(device).type == "cpu"
     write_videos(folder, options.videos, options.frames, options.size)
+    load: Callable[[str], torch.nn.Module] | None = None
+    if options.random_weights:
+        load = random_backbone
+        if not on_cpu:  # all rows share the networks: those of one process
+            load = functools.cache(functools.partial(random_backbone, device=device))
     without = {name: cls for name, cls in classes.items() if not cls.backbones}
-    groups: dict[str, Mapping[str, Any]] = {"decode": {}}
+    groups: dict[str, Mapping[str, Any]] = {"decode": {}, "all": classes}
+    groups |= {"all without weights": without}
     groups |= {name: {name: cls} for name, cls in classes.items()}
-    groups |= {"all without weights": without, "all": classes}
     for name, group in groups.items():
         if name != "decode" and (not group or (name == "all" and len(group) == len(without))):
             continue
+        if options.max_seconds is not None and time.perf_counter() - begin > options.max_seconds:
+            yield name, None
+            continue
         arguments = (group, folder, device)
-        rates = [
-            videos_per_second(*arguments, workers, options.weights) for _ in range(options.repeats)
-        ]
-        per_core = None
-        if device == "cpu":
-            found = [
-                videos_per_second(*arguments, 0, options.weights, time.process_time)
-                for _ in range(options.repeats)
-            ]
-            per_core = max(found)
-        yield {
-            "what": "throughput",
-            "metric": name,
-            "metrics": len(group),
-            "needs_weights": any(cls.backbones for cls in group.values()),
-            "needs_reference": any(cls.needs_reference for cls in group.values()),
-            "device": device,
-            "workers": 0 if name == "decode" else workers,
-            "videos": options.videos,
-            "frames": options.frames,
-            "height": options.size,
-            "width": options.size,
-            "videos_per_s": max(rates),
-            "videos_per_s_core": per_core,
-        }
+        common: dict[str, Any] = {"weights_dir": options.weights, "load": load}
+        rates: list[float] = []
+        per_core = error = None
+        try:
+            rates = best_of(
+                options.repeats, *arguments, workers=workers, in_threads=not on_cpu, **common
+            )
+            if on_cpu:
+                found = best_of(
+                    options.repeats, *arguments, workers=0, clock=time.process_time, **common
+                )
+                per_core = max(found)
+        except Exception as caught:  # whatever a network raises; the other rows go on
+            error = f"{type(caught).__name__}: {' '.join(str(caught).split())[:300]}"
+        weights = {weights_of(cls, options.random_weights) for cls in group.values()} - {"none"}
+        yield (
+            name,
+            {
+                "what": "throughput",
+                "metric": name,
+                "metrics": len(group),
+                "names": list(group),
+                "weights": "random" if "random" in weights else "published" if weights else "none",
+                "needs_weights": any(cls.backbones for cls in group.values()),
+                "needs_reference": any(cls.needs_reference for cls in group.values()),
+                "device": device,
+                "workers": 0 if name == "decode" and on_cpu else workers,
+                "videos": options.videos,
+                "frames": options.frames,
+                "height": options.size,
+                "width": options.size,
+                "repeats": len(rates),
+                "videos_per_s": max(rates, default=None),
+                "videos_per_s_core": per_core,
+                "error": error,
+            },
+        )
+
+
+def best_of(repeats: int, *arguments: Any, **options: Any) -> list[float]:
+    """`videos_per_second` of a few runs; of one if it takes long."""
+    rates: list[float] = []
+    begin = time.perf_counter()
+    while len(rates) < repeats and (not rates or time.perf_counter() - begin < LONG):
+        rates.append(videos_per_second(*arguments, **options))
+    return rates
 
 
 def videos_per_second(
@@ -133,22 +220,36 @@ def videos_per_second(
     workers: int,
     weights_dir: Path | None,
     clock: Callable[[], float] = time.perf_counter,
+    *,
+    load: Callable[[str], torch.nn.Module] | None = None,
+    in_threads: bool = False,
 ) -> float:
-    """Rate once every process runs: from the first results to the last."""
+    """Rate once every process runs: from the first results to the last.
+
+    Args:
+        classes: metrics by name; none is decoding alone, in this thread unless `in_threads`.
+        folder: with the videos and references of `write_videos`.
+        device, workers, weights_dir, load: see `sla_eval.runner.score_videos`.
+        clock: in seconds.
+        in_threads: whether the runner's threads decode.
+
+    Raises:
+        RuntimeError: a metric turned out not to be available, or does not take the videos.
+    """
     from sla_eval.prompts import Prompt
     from sla_eval.report import find_videos
-    from sla_eval.runner import score_videos
+    from sla_eval.runner import NOT_A_NUMBER, score_videos
     from sla_eval.videos import decode_video
 
     videos = find_videos(folder / "videos")
     references = {path.name: path for path in find_videos(folder / "references")}
     times: list[float] = []
-    if not classes:  # in one process: others add up where each has a core
+    if not classes and not in_threads:  # in one process: others add up where each has a core
         for path in videos:
             decode_video(path)
             times.append(clock())
         return (len(times) - 1) / (times[-1] - times[0])
-    score_videos(
+    scores = score_videos(
         videos,
         classes,
         references=references,
@@ -157,7 +258,13 @@ def videos_per_second(
         device=device,
         weights_dir=weights_dir,
         progress=lambda *_: times.append(clock()),
+        load=load,
     )
+    for name, reason in scores.not_available.items():
+        raise RuntimeError(f"{name} cannot be measured: {reason}")
+    for name, skipped in scores.skipped.items():
+        for reason in set(skipped.values()) - {NOT_A_NUMBER}:  # no number takes as long
+            raise RuntimeError(f"{name} does not score these videos: {reason}")
     # Results come in order, those of other processes at once: the first `workers` are a warm-up.
     first = min(max(1, workers), len(times) - 2)
     return (len(times) - 1 - first) / (times[-1] - times[first])
@@ -184,13 +291,14 @@ def write_videos(folder: Path, count: int, frames: int, size: int) -> None:
 
 def line(row: Mapping[str, Any]) -> str:
     """A row of the table."""
-    weights = "needed" if row["needs_weights"] else "none"
+    if row["error"] is not None:
+        return f"{row['metric']:24} {row['weights']:>9} {row['workers']:7d} {row['error']}"
     core = row["videos_per_s_core"]
     goal = ""
     standard = (row["frames"], row["height"], row["device"]) == (16, 256, "cpu")
     if standard and row["metric"] != "decode" and not row["needs_weights"]:
         goal = "met" if 2 * core >= GOAL else "missed"
     return (
-        f"{row['metric']:24} {weights:>8} {row['workers']:7d} {row['videos_per_s']:9.2f} "
+        f"{row['metric']:24} {row['weights']:>9} {row['workers']:7d} {row['videos_per_s']:9.2f} "
         f"{'-' if core is None else f'{core:.2f}':>16} {goal:>6}"
     ).rstrip()
