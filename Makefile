@@ -90,7 +90,7 @@ bench-e2e: $(ENVIRONMENT) ## time Wan2.1 from end to end: ARGS="--what step trai
 flops: $(ENVIRONMENT) ## count every method's FLOPs beside the paper's: ARGS="--format csv"
 	$(PY) -m sla flops $(ARGS)
 
-tables: $(ENVIRONMENT) ## write the tables of README.md and REPRODUCTION.md from results/
+tables: $(ENVIRONMENT) ## write the tables of README.md, REPRODUCTION.md and docs/ from results/
 	$(PY) -m sla tables
 
 capture: $(ENVIRONMENT) ## store a model's attention for figures: CKPT= CONFIG= PROMPT= OUT= ARGS="--timesteps 900,500"

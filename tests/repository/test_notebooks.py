@@ -1,4 +1,4 @@
-"""Every notebook runs from a clean kernel, and the README shows a picture of each."""
+"""Every notebook runs from a clean kernel, and a page shows a picture of each."""
 
 import json
 from pathlib import Path
@@ -75,9 +75,9 @@ def test_a_notebook_is_kept_as_the_others(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*(path.stem for path in NOTEBOOKS), "tensorboard"])
-def test_the_readme_shows_a_small_picture_of_it(name: str) -> None:
+def test_a_page_shows_a_small_picture_of_it(name: str) -> None:
     path = PICTURES / f"{name}.png"
-    assert f"(docs/pictures/{name}.png)" in (ROOT / "README.md").read_text()
+    assert f"(pictures/{name}.png)" in (ROOT / "docs" / "figures.md").read_text()
     assert path.stat().st_size <= MAX_BYTES
     with Image.open(path) as image:
         assert image.format == "PNG"

@@ -1,72 +1,190 @@
-"""README.md says what is true: commands, links, tables."""
+"""README.md, REPRODUCTION.md and docs/ say what is true: commands, links, code, tables."""
 
+import argparse
 import os
 import re
 import shlex
 import subprocess
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from sla_eval.__main__ import build_parser as eval_parser
+from sla_eval.backbones import backbone_table
 
+from sla.benchmark.__main__ import BENCHMARKS
 from sla.cli.main import build_parser, main
-from sla.figures.tables import TABLES, TableError, update_readme
+from sla.figures.tables import TABLES, TableError, pages, update_readme
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+# Text of each page by its name, such as docs/data.md.
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in pages(ROOT)}
+README = PAGES["README.md"]
+TOOLS = ("pytest", "tensorboard.main", "ruff", "mypy")
+MAKEFILE = (ROOT / "Makefile").read_text()
 # `make test` runs these tests; its own variables must not reach the make that they start.
-OF_MAKE = ("MAKE", "MFLAGS", "ARGS", "CONFIG", "RESUME", "RECORD", "CKPT", "OUT", "PROMPT")
+OF_MAKE = ("MAKE", "MFLAGS", "ARGS", "CONFIG", "RESUME", "RECORD", "CKPT", "OUT", "PROMPT", "BENCH")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(OF_MAKE)}
-BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-COMMANDS = [line.split("#")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def spans(page: str) -> list[str]:
+    """Code in single backticks, outside of blocks."""
+    text = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def commands(page: str) -> list[str]:
+    lines = "\n".join(blocks(page, "bash")).splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def choices(parser: argparse.ArgumentParser) -> set[str]:
+    """Names of a parser's commands."""
+    assert parser._subparsers is not None
+    return set(next(iter(parser._subparsers._group_actions)).choices or ())
+
+
+COMMANDS = sorted({(page, command) for page in PAGES for command in commands(page)})
 
 
 def test_there_are_commands() -> None:
-    assert "make finetune" in COMMANDS
-    assert "make test" in COMMANDS
+    assert "make finetune" in commands("README.md")
+    assert "make test" in commands("README.md")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_reach_a_command_line_that_parses(command: str) -> None:
-    """What make would run, with its arguments, parses; nothing is run."""
-    assert command.startswith("make ")
-    # An environment given by PY needs no set-up, so that make prints the command alone.
-    done = subprocess.run(
-        [*shlex.split(command), "--dry-run", "PY=python"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("python -m ")]
-    assert lines, done.stdout
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_commands_reach_a_command_line_that_parses(page: str, command: str) -> None:
+    """What would run, with its arguments, parses; nothing is run."""
+    lines = [command]
+    if not command.startswith("python -m "):
+        assert command.startswith("make "), page
+        # An environment given by PY needs no set-up, so that make prints the command alone.
+        done = subprocess.run(
+            [*shlex.split(command), "--dry-run", "PY=python"],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        printed = [line.strip() for line in done.stdout.splitlines()]
+        lines = [line for line in printed if line.startswith("python -m ")]
+        assert lines, done.stdout
     for line in lines:
-        module, *arguments = shlex.split(line)[2:]
+        module, *arguments = shlex.split(line.rstrip("; \\"))[2:]
         if module == "sla":
             build_parser().parse_args(arguments)
+        elif module == "sla_eval":
+            eval_parser().parse_args(arguments)
+        elif module == "sla.benchmark":
+            parser = argparse.ArgumentParser()
+            import_module(f"sla.benchmark.{arguments[0]}").add_parser(parser)
+            parser.parse_args(arguments[1:])
         else:
-            assert module in ("pytest", "tensorboard.main")
+            assert module in TOOLS
 
 
-def test_every_target_named_in_the_text_exists() -> None:
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z0-9-]+)", README)) | {c.split()[1] for c in COMMANDS}
-    assert named <= targets
+@pytest.mark.parametrize("page", PAGES)
+def test_everything_named_in_the_text_exists(page: str) -> None:
+    """Targets of make, commands of our modules, paths of the repository."""
+    targets = set(re.findall(r"^([a-z0-9-]+):", MAKEFILE, re.MULTILINE))
+    for span in [*spans(page), *commands(page)]:
+        words = shlex.split(span) if span.startswith(("make ", "python -m ")) else [span]
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= targets, span
+        elif words[0] == "python" and words[2] in ("sla", "sla.benchmark") and len(words) > 3:
+            known = choices(build_parser()) if words[2] == "sla" else set(BENCHMARKS)
+            assert words[3] in known or not words[3].islower(), span
+        elif re.fullmatch(r"(src|kernels|eval|configs|tests|docs|assets)/[\w./-]+", span):
+            assert (ROOT / span).exists(), span
 
 
 def test_make_help_lists_every_target() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    phony = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())  # type: ignore[index]
+    phony = set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())  # type: ignore[index]
     done = subprocess.run(
         ["make", "help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
     )
     assert {line.split()[0] for line in done.stdout.splitlines()} == phony
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
-def test_links_lead_somewhere(link: str) -> None:
-    assert link.startswith("https://") or (ROOT / link).exists()
+LINKS = sorted(
+    {(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)\s]+)\)", text)}
+)
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_links_lead_somewhere(page: str, link: str) -> None:
+    if link.startswith("https://"):
+        return
+    path, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / path if path else ROOT / page
+    assert target.exists()
+    assert not anchor or anchor in anchors(target)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_the_readme_leads_to_every_page(page: str) -> None:
+    assert ("README.md", page) in {(of, link.partition("#")[0]) for of, link in LINKS}
+
+
+# No network: a tiny Wan in place of the hub's.
+PREAMBLE = """
+from types import SimpleNamespace
+
+import diffusers
+import torch
+
+import sla.models.wan
+
+
+class Pipeline:
+    @classmethod
+    def from_pretrained(cls, source):
+        assert source == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+        pipe = cls()
+        pipe.transformer = sla.models.wan.build_wan("tiny", torch.float32, seed=0)
+        return pipe
+
+    def __call__(self, prompt):
+        config = self.transformer.config
+        latents = torch.zeros(1, config.in_channels, 2, 8, 8)
+        text = torch.zeros(1, 4, config.text_dim)
+        found = self.transformer(latents, torch.zeros(1), text, return_dict=False)[0]
+        assert found.shape == latents.shape
+        return SimpleNamespace(frames=found)
+
+
+diffusers.WanPipeline = Pipeline
+"""
+
+
+@pytest.mark.slow  # loads torch and diffusers in a process of its own
+def test_python_code_runs(tmp_path: Path) -> None:
+    """All of it, one block after the other; in a process that it may register names in."""
+    code = [block for page in PAGES for block in blocks(page, "python")]
+    assert len(code) >= 5
+    script = tmp_path / "pages.py"
+    script.write_text("\n\n".join([PREAMBLE, *code]))
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_networks_of_metrics_are_listed() -> None:
+    assert backbone_table() in PAGES["docs/evaluation.md"]
 
 
 def test_tables_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,9 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--readme",
         type=Path,
         nargs="+",
-        default=[Path("README.md"), Path("REPRODUCTION.md")],
         metavar="PAGE",
-        help="pages with markers; default: README.md REPRODUCTION.md",
+        help="pages with markers; default: README.md REPRODUCTION.md docs/*.md",
     )
     tables.add_argument("--check", action="store_true", help="fail if they are out of date")
     tables.set_defaults(run=_tables)
@@ -389,9 +388,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _tables(options: argparse.Namespace) -> int:
-    from sla.figures.tables import update_readme
+    from sla.figures.tables import pages, update_readme
 
-    changed = [page for page in options.readme if update_readme(page, check=options.check)]
+    wanted = options.readme or pages()
+    changed = [page for page in wanted if update_readme(page, check=options.check)]
     if changed and options.check:
         names = ", ".join(map(str, changed))
         print(f"{names} differ from results/: run `make tables`", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The tables of README.md and REPRODUCTION.md, between markers, from the files under results/.
+"""The tables of our pages, between markers, from the files under results/.
 
 <!-- table:NAME -->
 (generated)
@@ -12,10 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sla.figures import study
+from sla.figures import claims, study
 from sla.figures.markdown import markdown as _markdown
 from sla.figures.markdown import origin as _origin
-from sla.figures.paper import GPU_BLOCKS, NEGLIGIBLE, SPARSITY, WAN_1_3B, WAN_14B_720P
+from sla.figures.paper import (
+    GPU_BLOCKS,
+    NEGLIGIBLE,
+    PAPER_DEVICE,
+    PAPER_GENERATION,
+    PAPER_TFLOPS,
+    SPARSITY,
+    WAN_1_3B,
+    WAN_14B_720P,
+)
 from sla.results import (
     RESULTS,
     Measurement,
@@ -23,6 +32,7 @@ from sla.results import (
     read_newest_per_device,
     read_newest_rows,
 )
+from sla.study.records import read_records
 
 Row = dict[str, Any]
 
@@ -32,6 +42,11 @@ _MARKER = re.compile(r"<!--\s*(/?)table\b.*?-->")
 
 class TableError(ValueError):
     """A page whose markers cannot be filled."""
+
+
+def pages(root: Path = Path()) -> list[Path]:
+    """The pages of a checkout that may hold tables: README.md, REPRODUCTION.md, docs/*.md."""
+    return [root / "README.md", root / "REPRODUCTION.md", *sorted(root.glob("docs/*.md"))]
 
 
 def update_readme(path: Path, *, check: bool = False, root: Path = RESULTS) -> bool:
@@ -149,6 +164,29 @@ def kernels_gpu(root: Path = RESULTS) -> str:
     return _gpu_table(head, body, used, "wan-1.3b")
 
 
+def kernels_summary(root: Path = RESULTS) -> str:
+    """SLA's whole operator beside exact attention at the paper's shapes, default blocks."""
+    found = [m for m in gpu_rows(root) if _is_default(m.row)]
+    head = ["one self-attention of", "method"]
+    for direction in DIRECTIONS[:2]:
+        head += [f"{direction}, ms", "x FA2", "x cuDNN"]
+    body, used = [], []
+    for model, shape in (("Wan2.1-1.3B, 480p", WAN_1_3B), ("Wan2.1-14B, 720p", WAN_14B_720P)):
+        for name in ("flash_attention_2", "cudnn", "sla"):
+            of_method = [m for m in found if is_at(m.row, shape) and m.row["method"] == name]
+            by = {m.row["direction"]: m for m in of_method}
+            chosen = [by[direction] for direction in DIRECTIONS[:2] if direction in by]
+            if not chosen:
+                continue
+            used += chosen
+            line = [f"{model}: {shape[1]} heads, {shape[2]:,} tokens", METHOD_NAMES[name]]
+            for direction in DIRECTIONS[:2]:
+                row = by[direction].row if direction in by else None
+                line += [_ms(row), *_ratios(row).split(" / ")]
+            body.append(line)
+    return _gpu_table(head, body, used, "wan-1.3b", "wan-14b-720p")
+
+
 def kernels_lengths(root: Path = RESULTS) -> str:
     """The operator and exact attention by length, default blocks, 12 heads of 128."""
     batch, heads, _, head_dim = WAN_1_3B
@@ -261,6 +299,126 @@ def end_to_end(root: Path = RESULTS) -> str:
     return "\n\n".join([*parts, _origin(list(sources.values()))])
 
 
+def end_to_end_summary(root: Path = RESULTS) -> str:
+    """A line a method of `end_to_end`: each task in the quickest mode that it was measured in."""
+    rows = end_to_end_rows(root)
+    by = {tuple(m.row[name] for name in ("size", "method", "mode", "what")): m for m in rows}
+    modes: dict[str, tuple[str, ...]] = {
+        "step": ("compiled", "eager"),
+        "train": ("compiled", "eager"),
+        "generation": ("graph", "compiled", "eager"),
+    }
+    head = ["model", "method"]
+    for what in ("denoising step, ms", "training step, ms", "generation, s"):
+        head += [what, "x FA2 / x cuDNN"]
+    body, used = [], []
+    for size in sorted({key[0] for key in by}):
+        for method, name in END_TO_END_NAMES.items():
+            line = [f"Wan2.1-{size.upper()}", name]
+            for what in END_TO_END:
+                keys = [(size, method, mode, what) for mode in modes[what]]
+                found = next((by[key] for key in keys if key in by), None)
+                if found and found.row["block_q"]:
+                    line[1] = f"{name}, blocks of {found.row['block_q']}x{found.row['block_kv']}"
+                note = " (eager)" if found and found.row["mode"] == "eager" else ""
+                line += [_end_to_end_time(found) + note, _times_faster(found, by)]
+                used += [] if found is None else [found]
+            if any(line[2:]):
+                body.append(line)
+    if not body:
+        return "(no record yet: `make bench-e2e ARGS=--record` on a GPU)"
+    sources = {m.source.path: m.source for m in used}
+    return f"{_markdown(head, body)}\n\n{_origin(list(sources.values()))}"
+
+
+def paper_speed(root: Path = RESULTS) -> str:
+    """What the paper publishes of speed; nothing of ours."""
+    exact, sla = PAPER_TFLOPS["FlashAttention2"], PAPER_TFLOPS["SLA-95%"]
+    full, fast = PAPER_GENERATION["full attention"], PAPER_GENERATION["SLA"]
+    times = [
+        *((f"kernel, {d}: x FA2", a / b) for d, a, b in zip(DIRECTIONS, sla, exact, strict=False)),
+        ("attention of a generation: x full attention", full[0] / fast[0]),
+        ("whole generation: x full attention", sum(full) / sum(fast)),
+    ]
+    body = [[name, f"{value:.1f}"] for name, value in times]
+    seconds = f"{sum(full)} s against {sum(fast)} s, attention {full[0]} s against {fast[0]} s"
+    note = (
+        f"<sub>{PAPER_DEVICE}, Wan2.1-1.3B at 480p, SLA at 95 % sparsity; the generation takes "
+        f"{seconds}. Not measured by us; `make figures` draws both.</sub>"
+    )
+    return f"{_markdown(['the paper', 'times as fast'], body)}\n\n{note}"
+
+
+def claims_summary(root: Path = RESULTS) -> str:
+    """The paper's claims that we have judged, and how many of them are left."""
+    records = read_records(root)
+    verdicts = [(claim, claim.judge(records, root)) for claim in claims.CLAIMS]
+    left = dict.fromkeys((claims.MISSING, claims.BEYOND), 0)
+    body = []
+    for claim, verdict in verdicts:
+        if verdict.status in left:
+            left[verdict.status] += 1
+        else:
+            body.append([claim.text, str(verdict)])
+    counts = ", ".join(f"{count} {status}" for status, count in left.items() if count)
+    note = f"Of {len(verdicts)} claims: {len(body)} judged"
+    note += f", {counts}." if counts else "."
+    if left[claims.MISSING]:
+        note += " What is missing is run by `make study`."
+    return f"{_markdown(['claim', 'here'], body)}\n\n{note}" if body else note
+
+
+def metrics_speed(root: Path = RESULTS) -> str:
+    """Videos that the metrics score a second, each device's newest rows."""
+    head = ["device", "metric", "networks' weights", "videos", "frames x height x width"]
+    head += ["processes or threads", "videos/s", "videos/s a core"]
+    newest: dict[tuple[Any, ...], Measurement] = {}
+    for device, found in read_newest_rows("eval", METRICS_IDENTITY, root).items():
+        for m in found:
+            if m.row.get("what") == "throughput":  # scores of videos are in the same folder
+                same = (device, *(m.row[n] for n in METRICS_IDENTITY[:-1]), _weights_of(m.row))
+                newest.setdefault(same, m)
+    body, used = [], []
+    for (device, *_), m in reversed(newest.items()):  # a file's in the order of their measurement
+        row = m.row
+        size = f"{row['frames']} x {row['height']} x {row['width']}"
+        line = [device, row["metric"], _weights_of(row), str(row["videos"]), size]
+        line.append(str(max(1, row["workers"])))
+        rates = (row["videos_per_s"], row["videos_per_s_core"])
+        body.append(line + ["" if rate is None else f"{rate:.1f}" for rate in rates])
+        used.append(m)
+    if not body:
+        return "(no record yet: `make bench BENCH=eval ARGS=--record`)"
+    sources = {m.source.path: m.source for m in used}
+    return f"{_markdown(head, body)}\n\n{_origin(list(sources.values()))}"
+
+
+def _weights_of(row: Row) -> str:
+    """Of the networks that a row was measured with; older rows do not say."""
+    return str(row.get("weights") or ("published" if row["needs_weights"] else "none"))
+
+
+def data_speed(root: Path = RESULTS) -> str:
+    """Samples that the data pipeline gives a second, each device's newest file."""
+    head = ["device", "reader", "workers", "samples/s", "decoded frames/s", "first batch, s"]
+    head += ["going on, s"]
+    body, used = [], []
+    for results in read_newest_per_device("data", root):
+        rows = [row for row in results.rows if row["what"] == "pipeline"]
+        used += [results] if rows else []
+        body += [
+            [
+                *(results.provenance["device"], row["reader"], str(row["workers"])),
+                *(f"{row['samples_per_s']:.0f}", f"{row['decoded_per_s']:.0f}"),
+                *(f"{row['first_batch_s']:.2f}", f"{row['resume_s']:.2f}"),
+            ]
+            for row in rows
+        ]
+    if not body:
+        return "(no record yet: `make bench BENCH=data ARGS=--record`)"
+    return f"{_markdown(head, body)}\n\n{_origin(used)}"
+
+
 END_TO_END = ("step", "train", "generation")
 END_TO_END_NAMES = {
     "flash_attention_2": "FlashAttention-2",
@@ -271,6 +429,10 @@ END_TO_END_NAMES = {
     "sla2": "SLA2",
 }
 END_TO_END_IDENTITY = ("method", "mode", "what", "size", "device", "dtype")
+METRICS_IDENTITY = (
+    *("what", "metric", "device", "workers", "videos", "frames", "height", "width"),
+    "weights",
+)
 DIRECTIONS = ("forward", "backward", "forward_backward")
 ATTENTION_IDENTITY = ("method", "direction", "tokens", "heads", "head_dim", "dtype")
 METHOD_NAMES = {
@@ -407,12 +569,18 @@ def _gpu_table(
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "attention_methods": attention_methods,
+    "claims_summary": claims_summary,
+    "data_speed": data_speed,
     "end_to_end": end_to_end,
+    "end_to_end_summary": end_to_end_summary,
     "finetune": finetune,
     "kernels_cpu": kernels_cpu,
     "kernels_gpu": kernels_gpu,
     "kernels_lengths": kernels_lengths,
     "kernels_sparsity": kernels_sparsity,
     "kernels_stages": kernels_stages,
+    "kernels_summary": kernels_summary,
+    "metrics_speed": metrics_speed,
+    "paper_speed": paper_speed,
     **study.TABLES,
 }
