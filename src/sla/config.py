@@ -91,8 +91,10 @@ def _read_overrides(overrides: Sequence[str]) -> DictConfig:
     for item in overrides:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"override {item!r} must look like section.field=value")
+    # Nothing is the empty text, as a shell means it; `null` is none.
+    items = [f"{item}''" if item.endswith("=") else item for item in overrides]
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.from_dotlist(items)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read overrides {list(overrides)}: {error}") from error
 

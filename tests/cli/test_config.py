@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sla.attention import FullConfig, SLAConfig, available_attention
-from sla.cli.main import main
+from sla.cli.main import main, parse
 from sla.config import ConfigError, dump, load_experiment, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +62,22 @@ def test_switching_methods_drops_only_the_files_numbers() -> None:
     assert load_experiment(DEMO, ["attention.name=full"]).attention == FullConfig()
     with pytest.raises(ConfigError, match=r"unknown config key attention\.critical"):
         load_experiment(DEMO, ["attention.name=full", "attention.critical=0.1"])
+
+
+def test_nothing_after_the_equals_sign_is_the_empty_text(tmp_path: Path) -> None:
+    path = ROOT / "configs" / "finetune" / "wan2.1-1.3b.yaml"
+    overrides = [f"autoencoder.source={tmp_path}", "autoencoder.revision="]
+    assert load_experiment(path).autoencoder.revision
+    assert load_experiment(path, overrides).autoencoder.revision == ""
+
+
+def test_overrides_may_stand_before_and_after_options() -> None:
+    call = ["generate", "optim.beta2=0.9", "--config", "c", "run.seed=1", "--prompt", "p", "a.b=2"]
+    assert parse(call).overrides == ["optim.beta2=0.9", "run.seed=1", "a.b=2"]
+    with pytest.raises(SystemExit):
+        parse([*call, "--stepz=3"])
+    with pytest.raises(SystemExit):
+        parse(["tables", "run.seed=1"])
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ from sla.cli.analysis_options import DEMO_CAPTURE, add_parsers
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     _configure_logging()
     try:
         status = options.run(options)
@@ -39,6 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return int(status or 0)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of a call; overrides may stand in several places, which argparse alone refuses."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(not _is_override(x) for x in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
 
 
 def _configure_logging() -> None:
