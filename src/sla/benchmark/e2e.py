@@ -10,6 +10,7 @@ second column of memory: what `sla.training.memory` says before.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -188,9 +189,11 @@ def measure(
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         error.__traceback__ = None  # its frames hold the model
+    # Hooks and compiled blocks make cycles of it, and the next row's peak would count it too.
+    torch._dynamo.reset()
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    torch._dynamo.reset()
     return row
 
 
