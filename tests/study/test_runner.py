@@ -138,6 +138,28 @@ def test_what_is_finished_is_not_run_again(
     assert capsys.readouterr().out.count("finished") == 4
 
 
+def test_shares_are_all_of_it_and_write_files_of_their_own(
+    study: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = []
+    for share in ("1/3", "2/3", "3/3"):
+        assert run(study, tmp_path, "--list", "--share", share) == 0
+        listed.append(capsys.readouterr().out.splitlines())
+    assert [len(lines) for lines in listed] == [2, 1, 1]
+    run(study, tmp_path, "--list")
+    assert sorted(line for lines in listed for line in lines) == sorted(
+        capsys.readouterr().out.splitlines()
+    )
+    assert run(study, tmp_path, "--share", "2/3") == 0
+    assert "-tiny-share2.jsonl" in capsys.readouterr().out
+    of_share, of_all = (numbers(read_records(folder / "results")) for folder in (tmp_path, whole))
+    assert len(of_share) == 1
+    assert of_share.items() <= of_all.items()
+    with pytest.raises(SystemExit):
+        run(study, tmp_path, "--share", "0/2")
+    assert "'0/2' is not I/N with 1 <= I <= N" in capsys.readouterr().err
+
+
 def test_a_study_that_was_killed_goes_on_to_the_same_numbers(
     study: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

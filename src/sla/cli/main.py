@@ -105,6 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
     arms.add_argument(
         "--max-seconds", type=float, metavar="N", help="begin no step after so long; resumable"
     )
+    arms.add_argument(
+        "--share", type=_share, metavar="I/N", help="every N-th run from the I-th, for N GPUs"
+    )
     arms.add_argument("--out", type=Path, default=Path("results"), help="results folder")
     arms.add_argument("--runs", type=Path, default=Path("runs/study"), help="unfinished runs")
     arms.add_argument("--retry", action="store_true", help="run again what had failed")
@@ -283,6 +286,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> tuple[int, int]:
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal() and 1 <= int(number) <= int(total)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, such as 1/2")
+    return int(number), int(total)
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, help="YAML file under configs/")
     parser.add_argument(
@@ -316,6 +326,7 @@ def _study(options: argparse.Namespace) -> int:
         arms=options.arms,
         groups=options.groups,
         seeds=options.seeds,
+        share=options.share or (1, 1),
         max_seconds=options.max_seconds,
         out=options.out,
         runs=options.runs,

@@ -29,6 +29,7 @@ def run(
     arms: Sequence[str] = (),
     groups: Sequence[str] = (),
     seeds: Sequence[int] = (),
+    share: tuple[int, int] = (1, 1),
     max_seconds: float | None = None,
     out: Path = Path("results"),
     runs: Path = Path("runs/study"),
@@ -39,6 +40,8 @@ def run(
 
     Args:
         arms, groups, seeds: of those alone; none for all.
+        share: (i, n) takes every n-th of these from the i-th on, so that n processes with a GPU
+            each, on one machine or several, do all of it.
         max_seconds: begin no further step after so long.
         out: the results folder, read for what is finished and written.
         runs: folder of unfinished runs.
@@ -50,13 +53,16 @@ def run(
     """
     quiet_lightning()
     plan = load_plan(config, overrides)
+    number, total = share
     jobs = plan.jobs(arms, groups, seeds)  # mistakes of any arm are said before any is run
+    jobs = jobs[number - 1 :: total]
     runner = Runner(plan, runs)
     records = read_records(out)
     if listing:
         _list(jobs, runner, records)
         return 0
-    results = StudyResults(out, plan.name)
+    # A file of its own for each share: they are written at the same time.
+    results = StudyResults(out, plan.name if total == 1 else f"{plan.name}-share{number}")
     outcome = runner.run(jobs, records, results, max_seconds=max_seconds, retry=retry)
     print(f"{config}: {outcome}")
     for name, reason in outcome.failed.items():
