@@ -147,9 +147,8 @@ def test_shares_are_all_of_it_and_write_files_of_their_own(
         listed.append(capsys.readouterr().out.splitlines())
     assert [len(lines) for lines in listed] == [2, 1, 1]
     run(study, tmp_path, "--list")
-    assert sorted(line for lines in listed for line in lines) == sorted(
-        capsys.readouterr().out.splitlines()
-    )
+    whole_list = capsys.readouterr().out.splitlines()
+    assert sorted(line for lines in listed for line in lines) == sorted(whole_list)
     assert run(study, tmp_path, "--share", "2/3") == 0
     assert "-tiny-share2.jsonl" in capsys.readouterr().out
     of_share, of_all = (numbers(read_records(folder / "results")) for folder in (tmp_path, whole))
