@@ -340,7 +340,8 @@ def make_step(
 
     step: one forward of one sample, no guidance. train: forward, backward and AdamW's step on the
     flow-matching loss. generation: `steps` (default: the options') steps of UniPC with guidance,
-    two forwards each as in diffusers' pipeline, from noise to latents.
+    from noise to latents; both velocities come from one forward of two samples, as our sampler
+    takes them.
     """
     if what == "step":
         return lambda: function(*inputs.values())
@@ -376,13 +377,13 @@ def forward(model: nn.Module, latents: Tensor, text: Tensor, timestep: Tensor) -
 def generate(function: Forward, inputs: dict[str, Tensor], steps: int) -> Tensor:
     """Latents from noise, with guidance 5 between the text and no text."""
     latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    texts = torch.cat([torch.zeros_like(text), text])
     scheduler = build_scheduler("unipc", SHIFT)
     scheduler.set_timesteps(steps, device=latents.device)
     current = latents.float()
     for timestep in scheduler.timesteps:
-        given = current.to(latents.dtype)
-        with_text = function(given, text, timestep.expand(1))
-        without = function(given, torch.zeros_like(text), timestep.expand(1))
+        given = current.to(latents.dtype).expand(2, *latents.shape[1:])
+        without, with_text = function(given, texts, timestep.expand(2)).chunk(2)
         velocity = without + 5.0 * (with_text - without)
         current = scheduler.step(velocity.float(), timestep, current, return_dict=False)[0]
     return current
