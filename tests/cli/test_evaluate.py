@@ -66,6 +66,7 @@ def test_every_method_has_a_report_and_a_line(out: Path) -> None:
     for folder in ("full-reference", "sla-not-fine-tuned", "sparse-only-not-fine-tuned"):
         own = json.loads((out / f"{folder}.json").read_text())
         assert own == {"method": own["method"], **report["methods"][own["method"]]}
+        assert len({out / video for video in own["videos"] if (out / video).is_file()}) == 3
         videos = sorted(path.name for path in (out / folder).glob("*.mp4"))
         assert len(videos) == 3
         flicker = own["scores"]["metrics"]["temporal_flickering"]

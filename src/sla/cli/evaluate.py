@@ -110,7 +110,11 @@ def evaluate(
         if data is None:  # the first is full attention: what all are measured on is told by it
             data = build_data(loaded.experiment)
             prompts = choose_prompts(experiment, data)
-        entry = {"weights": str(method.path), "attention": loaded.name, "swapped": method.swapped}
+        entry: dict[str, Any] = {
+            "weights": str(method.path),
+            "attention": loaded.name,
+            "swapped": method.swapped,
+        }
         found[method.label] = entry
         if experiment.eval.validation:
             measured = measure(loaded.experiment, loaded.module, data)
@@ -121,6 +125,7 @@ def evaluate(
                 flush=True,
             )
         made[method.label] = generate(method, loaded, prompts, out / method.folder)
+        entry["videos"] = [file.relative_to(out).as_posix() for file in made[method.label]]
         del loaded
         gc.collect()  # two models at a time would be one too many for large ones
 

@@ -227,6 +227,12 @@ def build_parser() -> argparse.ArgumentParser:
         default=DEMO_CAPTURE,
         help="capture whose maps are drawn; default: %(default)s",
     )
+    figures.add_argument(
+        "--videos",
+        type=Path,
+        default=Path("runs/finetune-demo/eval"),
+        help="folder of `make eval` whose videos are drawn; default: %(default)s",
+    )
     figures.set_defaults(run=_figures)
 
     notebooks = commands.add_parser("notebooks", help="run the notebooks, keep a picture of each")
@@ -431,12 +437,13 @@ def _flops(options: argparse.Namespace) -> None:
 
 
 def _figures(options: argparse.Namespace) -> int:
-    from sla.figures.drawing import FIGURES, FigureError
+    from sla.figures.drawing import FIGURES, FigureError, Sources
 
+    sources = Sources(options.results, options.capture, options.videos)
     drawn: list[Path] = []
     for draw in FIGURES:
         try:
-            drawn += draw(options.out, options.results, options.capture)
+            drawn += draw(options.out, sources)
         except FigureError as error:  # the others may have what they need
             print(f"not drawn: {error}", file=sys.stderr)
     for path in drawn:

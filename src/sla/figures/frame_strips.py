@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sla.figures import arms
-from sla.figures.analysis import new_figure, save
 from sla.figures.figure6a import FigureError
+from sla.figures.strips import StripRow, draw_strips
 from sla.results import RESULTS
 from sla.study.frames import Strips, read_strips, real_clips_of
 from sla.study.records import Key, Records, Run
-
-_CELL = 0.72  # inches of a frame
-_GAP = 2  # white pixels between frames
 
 
 @dataclass(frozen=True)
@@ -98,23 +90,6 @@ def _shown(strips: Strips) -> tuple[object, ...]:
     return (strips.prompts, strips.clips, strips.indices, strips.frames.shape)
 
 
-def block(rows: Sequence[Row], prompt: int) -> NDArray[np.uint8]:
-    """All rows' frames of a prompt, side by side and below each other, with white gaps.
-
-    Returns:
-        uint8 (rows * (H + gap) - gap, frames * (W + gap) - gap, 3).
-    """
-    _, columns, height, width, _ = rows[0].strips.frames.shape
-    steps = (height + _GAP, width + _GAP)
-    size = (len(rows) * steps[0] - _GAP, columns * steps[1] - _GAP, 3)
-    picture = np.full(size, 255, dtype=np.uint8)
-    for i, row in enumerate(rows):
-        for k in range(columns):
-            top, left = i * steps[0], k * steps[1]
-            picture[top : top + height, left : left + width] = row.strips.frames[prompt, k]
-    return picture
-
-
 def caption(found: Sheet, study: str, group: str) -> str:
     """What the figure shows, and from which files and commands."""
     runs = [row.run for row in found.rows if row.run is not None]
@@ -155,37 +130,18 @@ def draw(out: Path, root: Path = RESULTS) -> list[Path]:
             of_group = {row.strips.arm for row in found.rows} & set(members)
             if not of_group or (of_group == {"pretrained"} and len(found.rows) > 2):
                 continue
-            written += _draw(found, out, study, group)
+            first = found.rows[0].strips
+            written += draw_strips(
+                [StripRow(row.label, row.strips.frames) for row in found.rows],
+                first.prompts,
+                first.indices,
+                out,
+                f"frames_{study}_{group}",
+                caption(found, study, group),
+            )
     if not written:
         raise FigureError(
             f"{root}/study/frames has no frames of a finished arm; make study keeps them where "
             "measures.prompts and measures.frames of its config are not 0"
         )
     return written
-
-
-def _draw(found: Sheet, out: Path, study: str, group: str) -> list[Path]:
-    rows = found.rows
-    prompts, columns, height, width, _ = rows[0].strips.frames.shape
-    beside = min(prompts, 2 if columns > 1 else 8)
-    below = -(-prompts // beside)
-    figure = new_figure(
-        1.3 + beside * (columns * _CELL + 0.2),
-        below * (len(rows) * _CELL * height / width + (0.6 if columns > 1 else 0.8)),
-    )
-    for prompt in range(prompts):
-        axes = figure.add_subplot(below, beside, prompt + 1)
-        axes.imshow(block(rows, prompt), interpolation="nearest")
-        across = max(14, 16 * columns)
-        text = textwrap.fill(f"{prompt + 1}: {rows[0].strips.prompts[prompt]}", across)
-        axes.set_title(text, fontsize=7)
-        middles = [i * (height + _GAP) + height / 2 for i in range(len(rows))]
-        labels = [row.label for row in rows] if prompt % beside == 0 else []
-        axes.set_yticks(middles if labels else [], labels, fontsize=7)
-        middles = [k * (width + _GAP) + width / 2 for k in range(columns)]
-        indices = rows[0].strips.indices
-        frames = [f"frame {index}" for index in indices] if columns > 1 else []
-        axes.set_xticks(middles if frames else [], frames, fontsize=6)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-    return save(figure, out, f"frames_{study}_{group}", caption(found, study, group))

@@ -15,6 +15,7 @@ from typing import Any
 from sla.figures import claims, study
 from sla.figures.markdown import markdown as _markdown
 from sla.figures.markdown import origin as _origin
+from sla.figures.multi_gpu import multi_gpu
 from sla.figures.paper import (
     GPU_BLOCKS,
     NEGLIGIBLE,
@@ -576,6 +577,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels_stages": kernels_stages,
     "kernels_summary": kernels_summary,
     "metrics_speed": metrics_speed,
+    "multi_gpu": multi_gpu,
     "paper_speed": paper_speed,
     **study.TABLES,
 }
