@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,6 +38,25 @@ def test_long_captions_are_cut_at_a_character(encoder):
     ids, mask = encoder.tokenize(["x" * 22 + "é", "y" * 500])
     assert mask.sum(1).tolist() == [23, 24]  # é is two bytes and would not fit
     assert ids[0, 1:23].tolist() == [ord("x")] * 22
+
+
+def test_tokens_may_be_words():
+    config = replace(tiny_text_config(), words=512, max_bytes=5)
+    encoder = ByteTextEncoder(config)
+    ids, mask = encoder.tokenize(["A red ball.", "a RED pill, a ball and more", "", "\udcff é"])
+    assert ids.shape == (4, 6)
+    assert mask.sum(1).tolist() == [5, 6, 1, 3]
+    assert (ids[:, 0] == encoder.BOS).all()
+    assert (ids[~mask] == encoder.PAD).all()
+    assert torch.equal(ids[0, 1:3], ids[1, 1:3])  # letter case tells nothing
+    assert ids[1, 1] == ids[1, 5]  # the comma is a token too
+    assert len(set(ids[0, 1:5].tolist())) == 4
+    # Ids are the same in every process, which Python's own hash is not.
+    assert ids[0, 2] == zlib.crc32(b"red") % 512
+    assert encoder(ids, mask).isfinite().all()
+    assert config.identity == "words ids=512 max_words=5"
+    with pytest.raises(ValueError, match="words is -1"):
+        replace(config, words=-1)
 
 
 def test_unencodable_captions_are_no_error(encoder):

@@ -1,7 +1,7 @@
 """Text encoders: captions in, embeddings and a mask out.
 
-`ByteTextEncoder` is trained with the model and needs no download; `UMT5TextEncoder` is Wan's
-frozen one. Shapes: B captions, L tokens.
+`ByteTextEncoder` (over bytes or words) is trained with the model and needs no download;
+`UMT5TextEncoder` is Wan's frozen one. Shapes: B captions, L tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +87,11 @@ class ByteTextEncoderConfig:
         depth: transformer layers.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over the width.
-        max_bytes: bytes of UTF-8 that are read of a caption; the rest is cut off.
+        max_bytes: bytes of UTF-8 that are read of a caption, or words where `words` is not 0; the
+            rest is cut off.
+        words: 0 for tokens that are bytes. Otherwise tokens are words and punctuation marks, each
+            hashed to one of so many ids: fewer tokens, and captions of few different words are
+            learned sooner. Words of one id cannot be told apart.
 
     Raises:
         ValueError: a size that no encoder can have; names the field and what is allowed.
@@ -95,11 +102,14 @@ class ByteTextEncoderConfig:
     num_heads: int = 2
     mlp_ratio: float = 4.0
     max_bytes: int = 127
+    words: int = 0
 
     def __post_init__(self) -> None:
         for name in ("text_dim", "depth", "num_heads", "max_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.words < 0:
+            raise ValueError(f"words is {self.words}; it must be a number of ids, or 0 for bytes")
         if self.text_dim % self.num_heads:
             raise ValueError(
                 f"text_dim is {self.text_dim}; it must be a multiple of num_heads "
@@ -111,24 +121,28 @@ class ByteTextEncoderConfig:
     @property
     def identity(self) -> str:
         """What the token ids of a caption depend on. The weights are trained: no part of it."""
+        if self.words:
+            return f"words ids={self.words} max_words={self.max_bytes}"
         return f"bytes max_bytes={self.max_bytes}"
 
 
 class ByteTextEncoder(nn.Module):
-    """A small transformer over the bytes of a caption, trained with the model.
+    """A small transformer over the bytes of a caption, or its words, trained with the model.
 
-    A token is a byte (0 to 255), BOS at the start, or PAD. BOS makes the empty caption valid.
+    A token is a byte (0 to 255) or the hash of a word, BOS at the start, or PAD. BOS makes the
+    empty caption valid.
+
+    Attributes:
+        BOS, PAD: the ids after those of bytes or words.
     """
-
-    BOS = 256
-    PAD = 257
-    VOCABULARY = 258
 
     def __init__(self, config: ByteTextEncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.text_dim = config.text_dim
-        self.token_embedding = nn.Embedding(self.VOCABULARY, config.text_dim)
+        self.BOS = config.words or 256
+        self.PAD = self.BOS + 1
+        self.token_embedding = nn.Embedding(self.PAD + 1, config.text_dim)
         self.position_embedding = nn.Parameter(torch.empty(config.max_bytes + 1, config.text_dim))
         self.layers = nn.ModuleList(_EncoderLayer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.text_dim)
@@ -141,7 +155,7 @@ class ByteTextEncoder(nn.Module):
         return self.config.identity
 
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Bytes of the captions, on the CPU.
+        """Bytes or words of the captions, on the CPU.
 
         A caption longer than `max_bytes` bytes is cut at a whole character. The length is always
         max_bytes + 1, so that a compiled model sees one shape.
@@ -159,11 +173,19 @@ class ByteTextEncoder(nn.Module):
         length = self.config.max_bytes + 1
         ids = torch.full((len(captions), length), self.PAD, dtype=torch.int64)
         for row, caption in enumerate(captions):
-            data = caption.encode("utf-8", errors="replace")[: self.config.max_bytes]
-            data = data.decode("utf-8", errors="ignore").encode("utf-8")
-            tokens = [self.BOS, *data]
+            tokens = [self.BOS, *self._tokens_of(caption)]
             ids[row, : len(tokens)] = torch.tensor(tokens)
         return ids, ids != self.PAD
+
+    def _tokens_of(self, caption: str) -> Sequence[int]:
+        most = self.config.max_bytes
+        if self.config.words:
+            words = re.findall(r"\w+|[^\w\s]", caption.lower())[:most]
+            return [
+                zlib.crc32(word.encode("utf-8", "replace")) % self.config.words for word in words
+            ]
+        data = caption.encode("utf-8", errors="replace")[:most]
+        return data.decode("utf-8", errors="ignore").encode("utf-8")
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode tokens.
