@@ -215,6 +215,17 @@ def test_a_checkpoint_that_is_a_file_is_read_too(config: Path, one: Path, longer
     assert_same_run(run(config, "more", *more), longer)
 
 
+def test_steps_are_whole_where_more_batches_make_one(config: Path, one: Path) -> None:
+    """As on fewer processes: the four batches before are no multiple of three."""
+    start = f"run.resume={one / 'checkpoints' / 'last.ckpt'}"
+    overrides = (*ONE, "optim.accumulate=3", "trainer.max_steps=6", start)
+    assert main(command(config, "accumulating", *overrides)) == 0
+    last = config.parent / "runs" / "accumulating" / "checkpoints" / "last.ckpt"
+    stored = torch.load(last, weights_only=False)
+    assert stored["global_step"] == 6
+    assert stored["VideoDataModule"]["consumed_samples"] == (4 + 2 * 3) * 2
+
+
 def test_a_checkpoint_becomes_a_model(config: Path, sharded: Path) -> None:
     out = config.parent / "model"
     assert main(["consolidate", str(sharded / "checkpoints" / "last.ckpt"), str(out)]) == 0

@@ -30,8 +30,19 @@ from sla.training.strategy import whole_methods
 class DataPosition(Callback):
     """Tells the data module how many samples the optimiser has consumed.
 
-    What loader workers have prefetched is not consumed: a resumed run reads it again.
+    What loader workers have prefetched is not consumed: a resumed run reads it again. A run that
+    goes on from another's checkpoint, on another number of GPUs, may take other batches a step.
     """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning steps and validates by the number of the batch, and the stored one counts
+        # batches of the earlier run: its first step would take too few of ours.
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        batches = trainer.global_step * trainer.accumulate_grad_batches
+        shift = batches - progress.current.ready
+        for count in (progress.total, progress.current):
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(count, name, getattr(count, name) + shift)
 
     def on_train_batch_end(
         self,
