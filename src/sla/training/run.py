@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from sla.attention import FullConfig
@@ -39,6 +40,7 @@ from sla.training.config import Experiment
 from sla.training.generation import StageSeconds, generate_videos
 from sla.training.memory import check_run
 from sla.training.module import DiffusionModule
+from sla.training.ranks import end_with_launcher
 from sla.training.router import load_router
 from sla.training.run_folder import RunError, RunFolder, is_rank_zero, open_run
 from sla.training.strategy import (
@@ -72,6 +74,7 @@ def pretrain(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
         RunError: the run cannot start or go on.
     """
     start = time.perf_counter()
+    end_with_launcher()
     folder = open_run(experiment.run, resolved)
     finished = _finished(folder, experiment)
     if finished is not None:
@@ -97,13 +100,16 @@ def pretrain(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
     return summary
 
 
-def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, Any]:
+def finetune(
+    experiment: Experiment, resolved: Mapping[str, Any], callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """The paper's experiment: measure full attention, swap the method in, fine-tune, measure.
 
     Args, returns and raises as `pretrain`; the summary's fields are those of
-    `results/finetune/`.
+    `results/finetune/`. `callbacks` watch the training beside the run's own.
     """
     start = time.perf_counter()
+    end_with_launcher()
     if not experiment.run.init_weights:
         raise RunError("run.init_weights is empty; fine-tuning starts from pretrained weights")
     folder = open_run(experiment.run, resolved)
@@ -130,7 +136,7 @@ def finetune(experiment: Experiment, resolved: Mapping[str, Any]) -> dict[str, A
         "val/loss_full_attention": baseline["full_val_loss"],
         "attention/error": baseline["attention_error_before"],
     }
-    trainer = _fit(experiment, folder, module, data, first)
+    trainer = _fit(experiment, folder, module, data, first, callbacks)
     after = evaluate(experiment, module, data)
     _export(experiment, folder, module, resolved)
 
@@ -252,6 +258,7 @@ def _fit(
     module: DiffusionModule,
     data: VideoDataModule,
     first_metrics: Mapping[str, float] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> pl.Trainer:
     """Train to `max_steps`, from the folder's checkpoint if it has one."""
     prompts = default_prompts(experiment, data)
@@ -260,8 +267,8 @@ def _fit(
         return sample_videos(experiment, module, prompts)
 
     sampling = experiment.sampling
-    callbacks = [SampleVideos(samples, sampling.every, sampling.fps)]
-    trainer = build_trainer(experiment, folder.path, callbacks)
+    own = SampleVideos(samples, sampling.every, sampling.fps)
+    trainer = build_trainer(experiment, folder.path, [own, *callbacks])
     grid_of_tokens = module.model.grid(_video_shape(experiment))
     check_run(experiment, module.model, grid_of_tokens, trainer.num_devices * trainer.num_nodes)
     if folder.checkpoint is not None:
