@@ -232,11 +232,12 @@ def test_what_is_missing_is_said(
         figure1.draw(tmp_path / "out", tmp_path / "few")
     assert not (tmp_path / "out").exists()
 
-    arguments = ("--out", "--results", "--capture")
-    values = (tmp_path / "out", root, tmp_path / "nothing")
+    arguments = ("--out", "--results", "--capture", "--videos")
+    values = (tmp_path / "out", root, tmp_path / "nothing", tmp_path / "nothing")
     pairs = zip(arguments, values, strict=True)
     assert main(["figures", *(str(x) for pair in pairs for x in pair)]) == 0
     printed = capsys.readouterr()
     assert "figure1.png" in printed.out
     assert "figure3" not in printed.out
-    assert printed.err.count("not drawn") == 7  # 3, 4, the two of kernels, the three of the study
+    # 3, 4, the two of kernels, the videos of `make eval`, the three of the study.
+    assert printed.err.count("not drawn") == 8
