@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -32,21 +31,11 @@ def write(folder: Path, prompts: list[str], width: int = 32) -> dict[str, Any]:
     return report
 
 
-def test_frames_stand_by_prompt_method_and_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Any] = []
-    savefig = matplotlib.figure.Figure.savefig
-
-    def keep_it(figure: Any, *args: Any, **kwargs: Any) -> None:
-        figures.append(figure)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep_it)
+def test_frames_stand_by_prompt_method_and_time(tmp_path: Path, shown: list[Any]) -> None:
     write(tmp_path, ["one", "two"])
     files = eval_strips.draw(tmp_path / "out", tmp_path)
     assert [file.name for file in files] == [f"frames_eval.{e}" for e in ("png", "pdf", "txt")]
-    for p, axes in enumerate(figures[0].axes):
+    for p, axes in enumerate(shown[0].axes):
         picture = np.asarray(axes.images[0].get_array()).astype(float)
         for m in range(2):
             for k in range(6):  # frames 0, 2, .. 10; coding may move a shade a little
@@ -56,7 +45,7 @@ def test_frames_stand_by_prompt_method_and_time(
         assert [t.get_text() for t in axes.get_xticklabels()] == [
             f"frame {2 * k}" for k in range(6)
         ]
-    labels = [t.get_text() for t in figures[0].axes[0].get_yticklabels()]
+    labels = [t.get_text() for t in shown[0].axes[0].get_yticklabels()]
     assert labels == ["full (reference)", "sla (not fine-tuned)"]
     caption = files[2].read_text()
     assert "sla (not fine-tuned): sla attention, weights w1" in caption

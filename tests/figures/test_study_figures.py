@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import numpy as np
 import pytest
 
@@ -85,21 +84,6 @@ def root(tmp_path: Path) -> Path:
     write(folder, "linear_only", {0: 4.0, 100: 2.0}, method="linear_only", exact=0.0)
     write(folder, "sla_elu", {0: 3.0, 100: 1.2}, group="feature_map")
     return folder
-
-
-@pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures that are saved."""
-    figures: list[Any] = []
-    savefig = matplotlib.figure.Figure.savefig
-
-    def keep_it(figure: Any, *args: Any, **kwargs: Any) -> None:
-        if figure not in figures:
-            figures.append(figure)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep_it)
-    return figures
 
 
 def test_each_figure_is_written_with_its_caption(root: Path, tmp_path: Path) -> None:

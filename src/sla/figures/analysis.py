@@ -8,6 +8,7 @@ from typing import Any
 
 from sla.analysis.capture_files import Capture
 from sla.analysis.capture_qkv import CaptureError
+from sla.figures.captions import origin_of
 from sla.figures.figure6a import FigureError
 from sla.results import Results, read_all
 
@@ -81,13 +82,8 @@ def describe(capture: Mapping[str, Any]) -> str:
 
 def origin(results: Results) -> str:
     """Which file and commands the numbers are from."""
-    of, capture = results.provenance, one(results, "capture")
-    dirty = " with changes" if of.get("dirty") else ""
-    return (
-        f"Data: {results.path.parent.name}/{results.path.name} ({of['device']}, torch "
-        f"{of['torch']}, commit {of['commit'][:8]}{dirty}), `{of['command']}`, from the capture of "
-        f"`{capture['capture_command']}`"
-    )
+    command = one(results, "capture")["capture_command"]
+    return f"{origin_of(results)}, from the capture of `{command}`"
 
 
 def capture_origin(capture: Capture, file: str) -> str:

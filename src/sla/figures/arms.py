@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sla.figures.captions import origin_of
 from sla.figures.figure6a import FigureError
 from sla.study.records import Records, Run, read_records
 
@@ -77,12 +78,5 @@ def percent_axis(axes: Any) -> None:
 
 def origin(runs: Iterable[Run]) -> str:
     """Files and commands that runs are from."""
-    lines = []
-    for source in {run.source.path: run.source for run in runs}.values():
-        of = source.provenance
-        dirty = " with changes" if of.get("dirty") else ""
-        lines.append(
-            f"Data: {source.path.parent.name}/{source.path.name} ({of['device']}, torch "
-            f"{of['torch']}, commit {of['commit'][:8]}{dirty}), `{of['command']}`"
-        )
-    return "\n".join(lines)
+    sources = {run.source.path: run.source for run in runs}
+    return "\n".join(map(origin_of, sources.values()))

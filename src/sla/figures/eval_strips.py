@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sla.data.video import VideoError, VideoInfo, read_frames
+from sla.figures.captions import origin_line
 from sla.figures.figure6a import FigureError
 from sla.figures.strips import StripRow, draw_strips
 from sla.study.frames import frame_indices, spread
@@ -84,8 +85,6 @@ def _frames(path: Path) -> tuple[tuple[int, ...], NDArray[np.uint8]]:
 
 
 def _caption(report: dict[str, Any], folder: Path) -> str:
-    of = report["provenance"]
-    dirty = " with changes" if of.get("dirty") else ""
     models = "; ".join(
         f"{label}: {entry['attention']} attention, weights {entry['weights']}"
         for label, entry in report["methods"].items()
@@ -94,6 +93,5 @@ def _caption(report: dict[str, Any], folder: Path) -> str:
         "Samples of `make eval`. In a block, every row has the same prompt, initial noise and "
         "frames, and another model; not fine-tuned: the method was put into a model that was "
         f"trained with another. The prompts are evenly spaced over those of the run. {models}.\n"
-        f"Data: {folder} ({of['device']}, torch {of['torch']}, commit {of['commit'][:8]}{dirty}), "
-        f"`{of['command']}`"
+        f"{origin_line(str(folder), report['provenance'])}"
     )

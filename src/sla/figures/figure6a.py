@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sla.figures.captions import origin_of
 from sla.figures.paper import (
     PAPER_BLOCKS,
     PAPER_DEVICE,
@@ -60,12 +61,7 @@ def caption(measured: dict[str, dict[str, Measurement]]) -> str:
         "Hollow markers: numbers published in the "
         f"paper, measured on an {PAPER_DEVICE}, not comparable in height across devices."
     ]
-    for path, source in sources.items():
-        origin = source.provenance
-        lines.append(
-            f"Data: {path.parent.name}/{path.name} ({origin['device']}, torch {origin['torch']}, "
-            f"commit {origin['commit'][:8]}), `{origin['command']}`"
-        )
+    lines += map(origin_of, sources.values())
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sla.figures.captions import origin_of
 from sla.figures.figure6a import FigureError
 from sla.figures.paper import PAPER_DEVICE, PAPER_GENERATION
 from sla.figures.tables import end_to_end_rows
@@ -82,12 +83,7 @@ def caption(measured: dict[str, Bar]) -> str:
         "across devices (what its sampler is and what its rest holds it does not say); SLA2's are "
         "of its own paper."
     ]
-    for path, source in sources.items():
-        origin = source.provenance
-        lines.append(
-            f"Data: {path.parent.name}/{path.name} ({origin['device']}, torch {origin['torch']}, "
-            f"commit {origin['commit'][:8]}), `{origin['command']}`"
-        )
+    lines += map(origin_of, sources.values())
     return "\n".join(lines)
 
 
