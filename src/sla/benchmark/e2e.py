@@ -223,7 +223,7 @@ def _measure(
         if what == "train":
             found["attention_share"] = None  # of the forward alone
     else:
-        compile_blocks(model.blocks, fullgraph=True)  # type: ignore[arg-type]
+        compile_blocks(model.blocks, fullgraph=True, tune=what != "train")  # type: ignore[arg-type]
     return found | _times(step, warm_up, what, options, device)
 
 

@@ -85,12 +85,16 @@ class VideoFile:
     def __init__(self, source: VideoSource, timeout: float = math.inf) -> None:
         import av
 
+        # Metadata that is no UTF-8 is no error; PyAV 19 takes it by itself.
+        metadata: dict[str, Any] = (
+            {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+        )
         self._timeout = timeout
         self.decoded = 0
         self._name, target = _target(source)
         try:
             self._container: Any = av.open(
-                target, mode="r", options={"format_whitelist": _FORMATS}, metadata_errors="replace"
+                target, mode="r", options={"format_whitelist": _FORMATS}, **metadata
             )
         except _errors():  # also of a format that is not on the list
             raise VideoError(self._name, "not a video container, or cut off") from None

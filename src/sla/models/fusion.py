@@ -54,14 +54,20 @@ class FusedGELU(nn.Module):
         return F.gelu(proj(hidden_states), approximate="tanh")
 
 
-def compile_blocks(blocks: Iterable[nn.Module], *, fullgraph: bool = False) -> None:
+def compile_blocks(
+    blocks: Iterable[nn.Module], *, fullgraph: bool = False, tune: bool = False
+) -> None:
     """torch.compile a model's layers one by one, in place: they share one compilation.
 
-    Coordinate descent over the launch sizes of Inductor's own kernels, norms above all, takes some
-    seconds once and 2 % off a denoising step of Wan.
+    Args:
+        blocks: the layers.
+        fullgraph: a graph break is an error.
+        tune: coordinate descent over the launch sizes of Inductor's own kernels, norms above all.
+            It takes some seconds once and 2 % off a denoising step of Wan; of a training step it
+            takes minutes.
     """
     for block in blocks:
-        block.compile(fullgraph=fullgraph, options={"coordinate_descent_tuning": True})
+        block.compile(fullgraph=fullgraph, options={"coordinate_descent_tuning": tune})
 
 
 class CUDAGraphed:

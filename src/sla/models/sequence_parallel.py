@@ -9,6 +9,9 @@ self-attention needs the others': an all-to-all gives each rank all tokens of H 
 method runs on these as it would alone, and another all-to-all brings the tokens back. Text is whole
 on every rank and cross-attention is local. Outputs are gathered: every rank has the whole output.
 
+A compiled layer has graph breaks at the exchanges: torch 2.11 gets their gradients wrong, without
+an error, where it traces them into its graph.
+
 Order: weights, LoRA and `fuse_qkv_projections` first, `apply_attention`, then this, then compile,
 `DistributedDataParallel` or `fully_shard`, optimisers and EMA copies. `apply_attention` and
 `remove_attention` switch it off. A forward or backward is a collective: all ranks of a group call
@@ -101,6 +104,7 @@ class SequenceShard:
         size = tensor.shape[dim] // self.degree
         return tensor.narrow(dim, self.rank * size, size)
 
+    @torch.compiler.disable
     def gather_output(self, tensor: Tensor, dim: int) -> Tensor:
         """All ranks' parts of what they then compute the same loss of.
 
@@ -109,11 +113,13 @@ class SequenceShard:
         gathered: Tensor = _Gather.apply(tensor, dim, self, False)
         return gathered
 
+    @torch.compiler.disable
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
         """All ranks' parts of what they then use differently: gradients are added up."""
         gathered: Tensor = _Gather.apply(tensor, dim, self, True)
         return gathered
 
+    @torch.compiler.disable
     def tokens_to_heads(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """(B, H, n, D) each, of one shape, to this rank's heads (B, h, N, D), strided."""
         if len({tensor.dtype for tensor in tensors}) > 1:
@@ -123,6 +129,7 @@ class SequenceShard:
         received: Tensor = _AllToAll.apply(torch.stack(parts, dim=2), self)
         return list(received.flatten(0, 1).permute(1, 2, 3, 0, 4).unbind(0))
 
+    @torch.compiler.disable
     def heads_to_tokens(self, tensor: Tensor) -> Tensor:
         """(B, h, N, D) to this rank's tokens with the heads joined, (B, n, H D)."""
         parts = tensor.unflatten(2, (self.degree, -1)).permute(2, 3, 0, 1, 4)

@@ -127,7 +127,11 @@ class DiffusionModule(pl.LightningModule):
         noisy = self.flow.interpolate(video, noise, sigma)
         inputs = (noisy, self.flow.timestep(sigma), text, text_mask)
         if training:
-            velocity = self.model(*inputs)
+            # Blocks are compiled one by one and DDP's exchange follows their backwards by itself.
+            # Dynamo would cut each where a bucket ends, in the forward but not where activation
+            # checkpointing repeats it, which then fails.
+            with torch._dynamo.config.patch(optimize_ddp=False) if self.compiled else nullcontext():
+                velocity = self.model(*inputs)
         else:  # validation is observed through hooks, which compiled blocks do not call
             with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
                 velocity = self.model(*inputs)
