@@ -17,7 +17,7 @@ from sla.models.fusion import (
     fuse_feed_forward,
     linear_gelu,
 )
-from sla.models.wan import _rotate, build_wan
+from sla.models.wan import build_wan, rotate
 
 
 def inputs() -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ def test_rotation_is_that_of_complex_numbers() -> None:
     cos, sin = (f(angle).repeat_interleave(2, dim=-1) for f in (torch.cos, torch.sin))
     pairs = torch.view_as_complex(x.unflatten(-1, (4, 2)))
     expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
-    torch.testing.assert_close(_rotate(x, cos, sin), expected)
+    torch.testing.assert_close(rotate(x, cos, sin), expected)
 
 
 def test_on_a_cpu_nothing_is_captured() -> None:

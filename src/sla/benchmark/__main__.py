@@ -15,6 +15,7 @@ BENCHMARKS = {
     "data": "the data pipeline: samples and frames per second",
     "eval": "video metrics: videos per second, each metric and all of them",
     "e2e": "Wan2.1 from end to end: denoising step, training step, generation",
+    "layers": "what stands beside attention in Wan's layers, each piece in several ways",
     "multigpu": "Wan2.1 on several GPUs: losses, scaling, checkpoints, a killed rank",
 }
 

@@ -2,9 +2,10 @@
 
 The exact architecture with random weights: speed and memory do not depend on what they are. The
 text encoder is left out; the autoencoder's decoder is timed by itself, once: no method is in it.
-Attention's part of the time is measured in the uncompiled model, by events around every layer's
-method, since a compiled one cannot be looked into; the kernels are the same. A training step has a
-second column of memory: what `sla.training.memory` says before.
+Attention's part of the time is measured in the uncompiled model (of a generation: in one of two
+steps), by events around every layer's method, since a compiled one cannot be looked into; the
+kernels are the same. A training step has a second column of memory: what `sla.training.memory` says
+before.
 """
 
 from __future__ import annotations
@@ -219,9 +220,11 @@ def _measure(
         found["estimated_bytes"] = estimate(model, arm, mode, options, dtype)
     if mode == "eager":
         warm_up()
-        found |= attention_times(model, step, device)
+        found |= attention_times(model, warm_up, device)
         if what == "train":
             found["attention_share"] = None  # of the forward alone
+        if what == "generation":
+            found["ms_attention"] = None  # of the short one
     else:
         compile_blocks(model.blocks, fullgraph=True, tune=what != "train")  # type: ignore[arg-type]
     return found | _times(step, warm_up, what, options, device)

@@ -108,7 +108,7 @@ class WanProcessor(MethodProcessor):
             query = attn.to_q(hidden_states)
             key = attn.to_k(hidden_states)
             value = attn.to_v(hidden_states)
-        query, key = _normalise_and_rotate(attn, query, key, *rotary)
+        query, key = _normalise_androtate(attn, query, key, *rotary)
         value = value.unflatten(2, (attn.heads, -1))
         output = self.attend(
             query.transpose(1, 2),
@@ -122,7 +122,7 @@ class WanProcessor(MethodProcessor):
         return output
 
 
-def _normalise_and_rotate(
+def _normalise_androtate(
     attn: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(B, N, dim) queries and keys to (B, N, H, D); in one kernel where no gradient is asked for.
@@ -137,12 +137,12 @@ def _normalise_and_rotate(
         return norm_rotary(query, key, *weights, cos, sin, attn.heads, eps)
     heads = (attn.heads, -1)
     return (
-        _rotate(attn.norm_q(query).unflatten(2, heads), cos, sin),
-        _rotate(attn.norm_k(key).unflatten(2, heads), cos, sin),
+        rotate(attn.norm_q(query).unflatten(2, heads), cos, sin),
+        rotate(attn.norm_k(key).unflatten(2, heads), cos, sin),
     )
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn neighbouring pairs of (B, N, H, D) by angles given twice, (1, N, 1, D) float32.
 
     Written with the pairs' partners rather than with their halves stacked: Inductor fuses this with
@@ -282,4 +282,4 @@ class _SplitHooks:
         return self.shard.gather_output(output, 1)
 
 
-__all__ = ["WAN_CONFIGS", "WanAdapter", "WanProcessor", "build_wan", "cast_wan"]
+__all__ = ["WAN_CONFIGS", "WanAdapter", "WanProcessor", "build_wan", "cast_wan", "rotate"]
