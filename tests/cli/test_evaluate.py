@@ -235,6 +235,12 @@ def test_throughput_is_measured_and_recorded(
     assert "met" not in printed.replace("metric", ""), "the goal is for 16 frames of 256x256"
 
 
+def test_time_in_which_no_kernel_ran_is_not_covered() -> None:
+    assert throughput.covered([(5, 6), (0, 2), (1, 3)]) == pytest.approx(4 / 6)
+    assert throughput.covered([(0, 10), (2, 3), (8, 9)]) == 1.0, "kernels side by side"
+    assert throughput.covered([]) is None
+
+
 SMALL = ["eval", "--videos", "2", "--frames", "3", "--size", "64", "--repeats", "1"]
 
 

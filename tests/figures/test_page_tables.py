@@ -56,12 +56,12 @@ def test_scores_of_videos_are_no_speeds(tmp_path: Path) -> None:
         "videos_per_s_core": None,
     }
     score = {"method": "sla", "metric": "psnr", "value": 30.0}
-    newer = {**speed, "weights": "none", "videos_per_s": 20.0}
+    newer = {**speed, "weights": "none", "videos_per_s": 20.0, "gpu_busy": 0.914}
     network = {**speed, "metric": "fvd", "needs_weights": True, "weights": "random"}
     record(tmp_path, "eval", [score, speed, newer, network])
     assert body(tables.metrics_speed(tmp_path)) == [
-        ["card", "psnr", "none", "8", "16 x 32 x 64", "1", "20.0", ""],
-        ["card", "fvd", "random", "8", "16 x 32 x 64", "1", "12.3", ""],
+        ["card", "psnr", "none", "8", "16 x 32 x 64", "1", "20.0", "", "91%"],
+        ["card", "fvd", "random", "8", "16 x 32 x 64", "1", "12.3", "", ""],
     ]
 
 

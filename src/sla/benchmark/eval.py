@@ -4,7 +4,9 @@ The videos are made for it, of the size asked for. Each rate counts decoding, as
 a metric takes by itself is the difference to `decode`. Rates are of the clock, with a process a
 core, whose start does not count; "a core" is of processor time on one thread, so that other
 programs of the machine do not count; the goal is met if two cores that do nothing else meet it. On
-a GPU decoding runs in threads, `decode` too, and there is no rate a core.
+a GPU decoding runs in threads, `decode` too, and there is no rate a core; "GPU at work" is the
+share of the time in which one of its kernels ran: where it is low, decoding or Python is waited
+for.
 
 Speed does not depend on what the weights are: with --random-weights each network is of the
 published architecture with random numbers in it, and rows say `weights: random`. No score is made
@@ -21,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,10 @@ SEED = 0
 GOAL = 5.0  # videos a second, metrics without weights, 16 frames of 256x256, two cores
 HEAD = (
     f"{'metric':24} {'weights':>9} {'workers':>7} {'videos/s':>9} {'videos/s a core':>16} "
-    f"{'goal':>6}"
+    f"{'goal':>6} {'GPU at work':>11}"
 )
 LONG = 10.0  # seconds; a run that took longer is not repeated
+PROFILED = 8  # videos whose kernels are looked at
 
 
 def add_parser(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +170,7 @@ def measure(
         arguments = (group, folder, device)
         common: dict[str, Any] = {"weights_dir": options.weights, "load": load}
         rates: list[float] = []
-        per_core = error = None
+        per_core = busy = error = None
         try:
             rates = best_of(
                 options.repeats, *arguments, workers=workers, in_threads=not on_cpu, **common
@@ -177,6 +180,8 @@ def measure(
                     options.repeats, *arguments, workers=0, clock=time.process_time, **common
                 )
                 per_core = max(found)
+            elif group:
+                busy = gpu_busy(*arguments, workers=workers, **common)
         except Exception as caught:  # whatever a network raises; the other rows go on
             error = f"{type(caught).__name__}: {' '.join(str(caught).split())[:300]}"
         weights = {weights_of(cls, options.random_weights) for cls in group.values()} - {"none"}
@@ -199,6 +204,7 @@ def measure(
                 "repeats": len(rates),
                 "videos_per_s": max(rates, default=None),
                 "videos_per_s_core": per_core,
+                "gpu_busy": busy,
                 "error": error,
             },
         )
@@ -211,6 +217,44 @@ def best_of(repeats: int, *arguments: Any, **options: Any) -> list[float]:
     while len(rates) < repeats and (not rates or time.perf_counter() - begin < LONG):
         rates.append(videos_per_second(*arguments, **options))
     return rates
+
+
+def gpu_busy(
+    classes: Mapping[str, Any],
+    folder: Path,
+    device: str,
+    workers: int,
+    weights_dir: Path | None,
+    *,
+    load: Callable[[str], torch.nn.Module] | None = None,
+) -> float | None:
+    """Share of the time from the first kernel of a few videos to the last in which one ran.
+
+    Arguments as of `videos_per_second`, which has warmed up. None where no kernel was seen.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        _score(classes, folder, device, workers, weights_dir, load, lambda: None, PROFILED)
+        torch.cuda.synchronize()
+    spans = [
+        (event.time_range.start, event.time_range.end)
+        for event in profiled.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return covered(spans)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float | None:
+    """Share of the time from the first start to the last end that lies in a span; None for none."""
+    ordered = sorted(spans)
+    if not ordered:
+        return None
+    total, begin, reached = 0.0, ordered[0][0], ordered[0][0]
+    for start, end in ordered:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total / (reached - begin) if reached > begin else None
 
 
 def videos_per_second(
@@ -236,19 +280,42 @@ def videos_per_second(
     Raises:
         RuntimeError: a metric turned out not to be available, or does not take the videos.
     """
-    from sla_eval.prompts import Prompt
     from sla_eval.report import find_videos
-    from sla_eval.runner import NOT_A_NUMBER, score_videos
     from sla_eval.videos import decode_video
 
-    videos = find_videos(folder / "videos")
-    references = {path.name: path for path in find_videos(folder / "references")}
     times: list[float] = []
     if not classes and not in_threads:  # in one process: others add up where each has a core
-        for path in videos:
+        for path in find_videos(folder / "videos"):
             decode_video(path)
             times.append(clock())
         return (len(times) - 1) / (times[-1] - times[0])
+    _score(classes, folder, device, workers, weights_dir, load, lambda: times.append(clock()))
+    # Results come in order, those of other processes at once: the first `workers` are a warm-up.
+    first = min(max(1, workers), len(times) - 2)
+    return (len(times) - 1 - first) / (times[-1] - times[first])
+
+
+def _score(
+    classes: Mapping[str, Any],
+    folder: Path,
+    device: str,
+    workers: int,
+    weights_dir: Path | None,
+    load: Callable[[str], torch.nn.Module] | None,
+    after_each: Callable[[], None],
+    most: int | None = None,
+) -> None:
+    """Score the videos, the first `most` of them; arguments and errors as of
+    `videos_per_second`."""
+    from sla_eval.prompts import Prompt
+    from sla_eval.report import find_videos
+    from sla_eval.runner import NOT_A_NUMBER, score_videos
+
+    videos = find_videos(folder / "videos")[:most]
+    names = {path.name for path in videos}
+    references = {
+        path.name: path for path in find_videos(folder / "references") if path.name in names
+    }
     scores = score_videos(
         videos,
         classes,
@@ -257,7 +324,7 @@ def videos_per_second(
         workers=workers,
         device=device,
         weights_dir=weights_dir,
-        progress=lambda *_: times.append(clock()),
+        progress=lambda *_: after_each(),
         load=load,
     )
     for name, reason in scores.not_available.items():
@@ -265,9 +332,6 @@ def videos_per_second(
     for name, skipped in scores.skipped.items():
         for reason in set(skipped.values()) - {NOT_A_NUMBER}:  # no number takes as long
             raise RuntimeError(f"{name} does not score these videos: {reason}")
-    # Results come in order, those of other processes at once: the first `workers` are a warm-up.
-    first = min(max(1, workers), len(times) - 2)
-    return (len(times) - 1 - first) / (times[-1] - times[first])
 
 
 def write_videos(folder: Path, count: int, frames: int, size: int) -> None:
@@ -293,12 +357,13 @@ def line(row: Mapping[str, Any]) -> str:
     """A row of the table."""
     if row["error"] is not None:
         return f"{row['metric']:24} {row['weights']:>9} {row['workers']:7d} {row['error']}"
-    core = row["videos_per_s_core"]
+    core, busy = row["videos_per_s_core"], row["gpu_busy"]
     goal = ""
     standard = (row["frames"], row["height"], row["device"]) == (16, 256, "cpu")
     if standard and row["metric"] != "decode" and not row["needs_weights"]:
         goal = "met" if 2 * core >= GOAL else "missed"
     return (
         f"{row['metric']:24} {row['weights']:>9} {row['workers']:7d} {row['videos_per_s']:9.2f} "
-        f"{'-' if core is None else f'{core:.2f}':>16} {goal:>6}"
+        f"{'-' if core is None else f'{core:.2f}':>16} {goal:>6} "
+        f"{'' if busy is None else f'{busy:.0%}':>11}"
     ).rstrip()

@@ -367,7 +367,7 @@ def claims_summary(root: Path = RESULTS) -> str:
 def metrics_speed(root: Path = RESULTS) -> str:
     """Videos that the metrics score a second, each device's newest rows."""
     head = ["device", "metric", "networks' weights", "videos", "frames x height x width"]
-    head += ["processes or threads", "videos/s", "videos/s a core"]
+    head += ["processes or threads", "videos/s", "videos/s a core", "GPU at work"]
     newest: dict[tuple[Any, ...], Measurement] = {}
     for device, found in read_newest_rows("eval", METRICS_IDENTITY, root).items():
         for m in found:
@@ -381,7 +381,9 @@ def metrics_speed(root: Path = RESULTS) -> str:
         line = [device, row["metric"], _weights_of(row), str(row["videos"]), size]
         line.append(str(max(1, row["workers"])))
         rates = (row["videos_per_s"], row["videos_per_s_core"])
-        body.append(line + ["" if rate is None else f"{rate:.1f}" for rate in rates])
+        line += ["" if rate is None else f"{rate:.1f}" for rate in rates]
+        busy = row.get("gpu_busy")  # older rows do not say
+        body.append([*line, "" if busy is None else f"{busy:.0%}"])
         used.append(m)
     if not body:
         return "(no record yet: `make bench BENCH=eval ARGS=--record`)"
