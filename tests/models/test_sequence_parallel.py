@@ -131,6 +131,18 @@ def checkpointed(folder: Path) -> Any:
     return alone, step(enable_sequence_parallel(model, RANKS))
 
 
+def compiled(folder: Path) -> Any:
+    """Blocks compiled and recomputed, as a run of Wan has them."""
+    model = prepared(FullConfig())
+    alone = step(model)
+    enable_sequence_parallel(model, RANKS)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    model.enable_gradient_checkpointing()
+    model.train()
+    return alone, step(model)
+
+
 def autocast(folder: Path) -> Any:
     model = prepared(METHODS["sla"])
     # Two dtypes in one layer: normalisation that autocast keeps in float32.
@@ -272,6 +284,7 @@ JOBS = (
     every_method,
     timesteps_of_tokens,
     checkpointed,
+    compiled,
     autocast,
     data_parallel,
     sharded,
@@ -341,7 +354,9 @@ def test_two_ranks_are_one(ranks: list[Any], name: str) -> None:
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("job", ["timesteps_of_tokens", "checkpointed", "data_parallel", "sharded"])
+@pytest.mark.parametrize(
+    "job", ["timesteps_of_tokens", "checkpointed", "compiled", "data_parallel", "sharded"]
+)
 def test_ways_to_train(ranks: list[Any], job: str) -> None:
     for rank in ranks:
         assert_same(*rank[job], 1e-5)
