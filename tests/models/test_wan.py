@@ -189,6 +189,7 @@ def test_compiles_without_graph_breaks() -> None:
     assert list(attention_modules(compiled)) == list(attention_modules(model))
 
 
+@pytest.mark.interpreter
 def test_sla_kernels_compile_in_the_model() -> None:
     config = SLAConfig(backend="triton", critical=0.5)
     model = apply_attention(one_layer(), config).requires_grad_(False)

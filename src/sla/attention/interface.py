@@ -39,6 +39,17 @@ class AttentionContext:
     always_critical: int = 0
     tile: Grid | None = None
 
+    def with_hidden_states(self, hidden_states: Tensor | None) -> AttentionContext:
+        """The same with other hidden states, (B, N, dim) or None."""
+        # Not `dataclasses.replace`: torch 2.11 cannot trace it inside activation checkpointing.
+        return AttentionContext(
+            grid=self.grid,
+            timestep=self.timestep,
+            hidden_states=hidden_states,
+            always_critical=self.always_critical,
+            tile=self.tile,
+        )
+
 
 class UnsupportedAttentionError(ValueError):
     """An attention method was called on inputs it does not support."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -302,7 +302,7 @@ class Block(nn.Module):
         shift_self, scale_self, gate_self, shift_mlp, scale_mlp, gate_mlp = modulation
 
         normed = modulate(self.norm_self(hidden), shift_self, scale_self)
-        context = replace(context, hidden_states=normed)
+        context = context.with_hidden_states(normed)
         attended = self.self_attention(normed, rotary, context)
         hidden = (hidden + gate_self * attended).type_as(hidden)
 

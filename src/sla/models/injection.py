@@ -116,7 +116,7 @@ class MethodProcessor(nn.Module, abc.ABC):
             )
         if exchange is not None:
             return exchange.attend(query, key, value, hidden, context)
-        output: Tensor = self.method(query, key, value, replace(context, hidden_states=hidden))
+        output: Tensor = self.method(query, key, value, context.with_hidden_states(hidden))
         return output.transpose(1, 2).flatten(2, 3).type_as(query)
 
     def carried(self, value: Any) -> CarriedContext:

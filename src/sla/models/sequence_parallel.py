@@ -45,7 +45,6 @@ Shape letters as in `sla.attention.interface`; P ranks of a group, n = N / P, h 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -219,7 +218,7 @@ class HeadExchange:
         (B, H, n, D) each and (B, n, dim) hidden states, to (B, n, H D).
         """
         gathered = self.shard.gather(hidden, 1) if self.needs_hidden else None
-        context = replace(context, hidden_states=gathered)
+        context = context.with_hidden_states(gathered)
         whole = self.shard.tokens_to_heads([query, key, value])
         # Its hooks run; its forward is `forward` below.
         output: Tensor = self.method(*whole, context)
