@@ -42,7 +42,7 @@ from sla.models.testing import (
     tiny_wan_autoencoder,
     write_tiny_umt5,
 )
-from sla.models.text import ByteTextEncoder, FrozenTextEncoder, UMT5TextEncoder
+from sla.models.text import FrozenTextEncoder, TrainedTextEncoder, UMT5TextEncoder
 from sla.training.build import build_data, build_module, build_networks
 from sla.training.testing import write_tiny_experiment
 
@@ -65,12 +65,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text() -> ByteTextEncoder:
-    return ByteTextEncoder(tiny_text_config())
+def text() -> TrainedTextEncoder:
+    return TrainedTextEncoder(tiny_text_config())
 
 
 @pytest.fixture(scope="module")
-def cache(config: Path, text: ByteTextEncoder) -> Path:
+def cache(config: Path, text: TrainedTextEncoder) -> Path:
     """Two passes, in shards of three. Not to be changed."""
     folder = config.parent / "cache"
     write(folder, data_of(config), text)
@@ -133,7 +133,7 @@ def stamps(folder: Path, pattern: str = "*") -> dict[str, int]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_first_passes_are_those_of_the_videos(
-    config: Path, cache: Path, text: ByteTextEncoder, workers: int
+    config: Path, cache: Path, text: TrainedTextEncoder, workers: int
 ) -> None:
     data = data_of(config, caption_dropout=0.5, batch_size=5)
     wanted = samples(data, 2 * TRAIN)
@@ -199,7 +199,7 @@ def test_a_run_may_go_on_from_the_cache(config: Path, cache: Path) -> None:
     assert VideoDataModule(from_cache(data, cache)).state_dict() == state
 
 
-def test_buckets(tmp_path: Path, text: ByteTextEncoder) -> None:
+def test_buckets(tmp_path: Path, text: TrainedTextEncoder) -> None:
     for k in range(7):
         size = (32, 32) if k % 3 else (32, 64)
         write_video(tmp_path / f"{k}.mp4", moving_square(8, *size, shade=30 * k), fps=8)
@@ -226,7 +226,7 @@ def test_buckets(tmp_path: Path, text: ByteTextEncoder) -> None:
 
 
 def test_clips_that_cannot_be_read_are_replaced_as_in_training(
-    config: Path, text: ByteTextEncoder, tmp_path: Path
+    config: Path, text: TrainedTextEncoder, tmp_path: Path
 ) -> None:
     shutil.copytree(config.parent / "data", tmp_path / "data")
     broken = tmp_path / "data" / "clip-02.mp4"
@@ -246,7 +246,7 @@ def test_clips_that_cannot_be_read_are_replaced_as_in_training(
 
 
 def test_shards_of_videos_are_cached_too(
-    config: Path, text: ByteTextEncoder, tmp_path: Path
+    config: Path, text: TrainedTextEncoder, tmp_path: Path
 ) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for k in range(TRAIN):
@@ -309,7 +309,7 @@ def test_the_text_encoder_is_trained_from_token_ids(config: Path, cache: Path) -
     batch = next(iter(build_data(experiment).train_dataloader()))
     noise = torch.zeros_like(batch["video"])
     module.losses(batch, torch.full((2,), 0.5), noise).mean().backward()
-    assert isinstance(module.text_encoder, ByteTextEncoder)
+    assert isinstance(module.text_encoder, TrainedTextEncoder)
     assert module.text_encoder.token_embedding.weight.grad is not None
     assert module.text_encoder.token_embedding.weight.grad.abs().sum() > 0
 
@@ -377,7 +377,7 @@ def test_frozen_text_is_cached_as_it_is_encoded(config: Path, wan: Path, tmp_pat
         torch.testing.assert_close(sample["text"], embeddings[0], atol=1e-5, rtol=1e-5)
 
 
-def test_half_precision(config: Path, text: ByteTextEncoder, tmp_path: Path) -> None:
+def test_half_precision(config: Path, text: TrainedTextEncoder, tmp_path: Path) -> None:
     data = data_of(config)
     write(tmp_path, data, text, dtype="bfloat16")
     tensors = load_file(tmp_path / "train-00000.safetensors")
@@ -392,7 +392,7 @@ def test_half_precision(config: Path, text: ByteTextEncoder, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["text.max_bytes=30"], r"another text encoder:\n.*max_bytes=23\n.*max_bytes=30"),
+        (["text.max_tokens=30"], r"another text encoder:\n.*max_tokens=23\n.*max_tokens=30"),
         (["model.in_channels=4"], r"model.in_channels is 4; latents in .* have 3 channels"),
         (["data.crop_scale=[0.5]"], r"data.crop_scale: \[0.85, 1.0\] in the cache, \[0.5\]"),
         (["data.num_frames=3"], r"data.num_frames: 4 in the cache, 3 in the run"),
@@ -413,7 +413,7 @@ def test_a_cache_that_is_not_the_runs_is_refused(
 
 
 def test_ranks_write_every_shard_once(
-    config: Path, cache: Path, text: ByteTextEncoder, tmp_path: Path
+    config: Path, cache: Path, text: TrainedTextEncoder, tmp_path: Path
 ) -> None:
     """In any order, at any time; the last one completes the cache."""
     data = data_of(config)
@@ -451,7 +451,7 @@ def test_ranks_from_the_environment(
 
 
 def test_a_killed_run_goes_on_where_it_was(
-    config: Path, text: ByteTextEncoder, tmp_path: Path
+    config: Path, text: TrainedTextEncoder, tmp_path: Path
 ) -> None:
     """SIGKILL in the middle; finished shards stay, and the result is that of one run."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -498,7 +498,7 @@ def test_a_killed_run_goes_on_where_it_was(
 
 
 def test_a_shard_without_its_record_is_taken_as_it_is(
-    config: Path, cache: Path, text: ByteTextEncoder, tmp_path: Path
+    config: Path, cache: Path, text: TrainedTextEncoder, tmp_path: Path
 ) -> None:
     """Killed between the two."""
     folder = tmp_path / "cache"
@@ -513,7 +513,7 @@ def test_a_shard_without_its_record_is_taken_as_it_is(
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "record", "both"])
 def test_what_is_not_whole_is_written_again(
-    config: Path, cache: Path, text: ByteTextEncoder, tmp_path: Path, damage: str
+    config: Path, cache: Path, text: TrainedTextEncoder, tmp_path: Path, damage: str
 ) -> None:
     folder = tmp_path / "cache"
     shutil.copytree(cache, folder)
@@ -533,7 +533,7 @@ def test_what_is_not_whole_is_written_again(
 def test_a_full_disk_leaves_what_was_whole(
     config: Path,
     cache: Path,
-    text: ByteTextEncoder,
+    text: TrainedTextEncoder,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -563,7 +563,7 @@ def test_a_full_disk_leaves_what_was_whole(
 
 
 def test_another_cache_in_the_folder_is_refused(
-    config: Path, cache: Path, text: ByteTextEncoder, tmp_path: Path
+    config: Path, cache: Path, text: TrainedTextEncoder, tmp_path: Path
 ) -> None:
     before = contents(cache)
     with pytest.raises(CacheError, match=r"another latent cache:\n  passes: 2 -> 3"):
@@ -599,7 +599,7 @@ def damaged(config: Path, cache: Path, tmp_path: Path) -> DataConfig:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_shard_is_named_with_both_checksums(
-    damaged: DataConfig, config: Path, text: ByteTextEncoder, workers: int
+    damaged: DataConfig, config: Path, text: TrainedTextEncoder, workers: int
 ) -> None:
     folder = Path(damaged.cache)
     expected = json.loads((folder / "train-00001.json").read_text())["sha256"]

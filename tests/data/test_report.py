@@ -109,7 +109,7 @@ def test_captions_are_measured(report: Path, root: Path) -> None:
     assert captions["bytes"]["min"] == min(lengths)
     assert captions["bytes"]["median"] == np.median(lengths)
     assert captions["bytes"]["max"] == max(lengths)
-    assert captions["cut_off"] == sum(n > 23 for n in lengths) > 0  # text.max_bytes=23
+    assert captions["cut_off"] == sum(n > 23 for n in lengths) > 0  # text.max_tokens=23
     assert captions["not_unique"] == 0
 
 

@@ -44,7 +44,7 @@ from sla.data.study.render import render
 from sla.data.study.scene import CAMERAS, COLOURS, MOTIONS, draw_words
 from sla.data.testing import moving_square
 from sla.data.video import read_frames, write_video
-from sla.models.text import ByteTextEncoder
+from sla.models.text import TrainedTextEncoder
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TINY = StudyConfig(seed=3, train=3, val=1, test=1, shard_clips=2)
@@ -127,9 +127,9 @@ def test_a_caption_says_every_attribute_and_no_other() -> None:
 def test_the_studys_text_encoder_reads_whole_captions_and_tells_all_words_apart() -> None:
     texts = [caption(w, v) for w in some_words("train", 1500) for v in (0, 1)]
     config = load_experiment(CONFIGS / "study" / "pretrain.yaml").text
-    encoder = ByteTextEncoder(config)
+    encoder = TrainedTextEncoder(config)
     ids, mask = encoder.tokenize(texts)
-    assert mask.sum(1).max() <= config.max_bytes  # BOS included: none was cut
+    assert mask.sum(1).max() <= config.max_tokens  # BOS included: none was cut
     words = {word for text in texts for word in re.findall(r"\w+|[.,]", text.lower())}
     assert len(ids[mask].unique()) == len(words) + 1
 

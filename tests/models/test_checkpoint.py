@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sla.attention import FullConfig, SLAConfig
 from sla.models import (
-    ByteTextEncoder,
     CheckpointError,
+    TrainedTextEncoder,
     VideoDiT,
     load_model,
     load_weights,
@@ -34,7 +34,7 @@ PROJ = [
 def build(attention=None, seed=0, **changes):
     torch.manual_seed(seed)
     model = VideoDiT(replace(tiny_dit_config(), **changes), attention or FullConfig())
-    text = ByteTextEncoder(tiny_text_config())
+    text = TrainedTextEncoder(tiny_text_config())
     open_branches(model, seed)
     open_branches(text, seed)
     return model, text
@@ -260,7 +260,7 @@ def test_bad_arguments(tmp_path):
     model, text = build()
     with pytest.raises(TypeError, match="must be a VideoDiT"):
         save_model(tmp_path, text)
-    with pytest.raises(TypeError, match="must be a ByteTextEncoder"):
+    with pytest.raises(TypeError, match="must be a TrainedTextEncoder"):
         save_model(tmp_path, model, model)
     with pytest.raises(TypeError, match="metadata is not JSON"):
         save_model(tmp_path, model, text, metadata={"x": object()})

@@ -31,7 +31,7 @@ from sla.models.dit import (
 )
 from sla.models.schedulers import build_scheduler
 from sla.models.testing import open_branches, tiny_dit_config
-from sla.models.text import ByteTextEncoder, ByteTextEncoderConfig
+from sla.models.text import TrainedTextEncoder, TrainedTextEncoderConfig
 
 SLA = SLAConfig(critical=0.25, negligible=0.25, block_q=8, block_kv=8)
 
@@ -184,7 +184,10 @@ def test_bad_configs_are_named(changes, message):
 
 def test_default_fits_the_weights_budget():
     with torch.device("meta"):
-        modules = VideoDiT(DiTConfig(), FullConfig()), ByteTextEncoder(ByteTextEncoderConfig())
+        modules = (
+            VideoDiT(DiTConfig(), FullConfig()),
+            TrainedTextEncoder(TrainedTextEncoderConfig()),
+        )
     assert sum(p.numel() for m in modules for p in m.parameters()) <= 4_150_000
 
 

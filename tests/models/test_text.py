@@ -10,18 +10,18 @@ import torch
 
 from sla.models.testing import open_branches, tiny_text_config, write_tiny_umt5
 from sla.models.text import (
-    ByteTextEncoder,
-    ByteTextEncoderConfig,
     TextEncoder,
+    TrainedTextEncoder,
+    TrainedTextEncoderConfig,
     UMT5TextEncoder,
     clean_caption,
 )
 
 
 @pytest.fixture
-def encoder() -> ByteTextEncoder:
+def encoder() -> TrainedTextEncoder:
     torch.manual_seed(0)
-    encoder = ByteTextEncoder(tiny_text_config())
+    encoder = TrainedTextEncoder(tiny_text_config())
     open_branches(encoder)
     return encoder
 
@@ -41,8 +41,8 @@ def test_long_captions_are_cut_at_a_character(encoder):
 
 
 def test_tokens_may_be_words():
-    config = replace(tiny_text_config(), words=512, max_bytes=5)
-    encoder = ByteTextEncoder(config)
+    config = replace(tiny_text_config(), words=512, max_tokens=5)
+    encoder = TrainedTextEncoder(config)
     ids, mask = encoder.tokenize(["A red ball.", "a RED pill, a ball and more", "", "\udcff é"])
     assert ids.shape == (4, 6)
     assert mask.sum(1).tolist() == [5, 6, 1, 3]
@@ -54,7 +54,7 @@ def test_tokens_may_be_words():
     # Ids are the same in every process, which Python's own hash is not.
     assert ids[0, 2] == zlib.crc32(b"red") % 512
     assert encoder(ids, mask).isfinite().all()
-    assert config.identity == "words ids=512 max_words=5"
+    assert config.identity == "words ids=512 max_tokens=5"
     with pytest.raises(ValueError, match="words is -1"):
         replace(config, words=-1)
 
@@ -106,7 +106,7 @@ def test_bad_input_is_named(encoder):
     with pytest.raises(ValueError, match="L at most 24"):
         encoder(torch.zeros(1, 25, dtype=torch.int64), torch.ones(1, 25, dtype=torch.bool))
     with pytest.raises(ValueError, match="num_heads"):
-        ByteTextEncoderConfig(text_dim=10, num_heads=3)
+        TrainedTextEncoderConfig(text_dim=10, num_heads=3)
 
 
 def test_encoders_meet_the_protocol(encoder):

@@ -15,7 +15,7 @@ from sla.attention import FullConfig
 from sla.diffusion import FlowMatching
 from sla.models.dit import VideoDiT
 from sla.models.testing import open_branches, tiny_dit_config, tiny_text_config
-from sla.models.text import ByteTextEncoder
+from sla.models.text import TrainedTextEncoder
 from sla.training.config import SamplingConfig
 from sla.training.generation import StageSeconds, generate_videos
 
@@ -24,10 +24,10 @@ SHAPE = (3, 2, 4, 4)
 
 
 @pytest.fixture(scope="module")
-def networks() -> tuple[VideoDiT, ByteTextEncoder]:
+def networks() -> tuple[VideoDiT, TrainedTextEncoder]:
     torch.manual_seed(0)
     model = VideoDiT(tiny_dit_config(), FullConfig()).eval()
-    encoder = ByteTextEncoder(tiny_text_config()).eval()
+    encoder = TrainedTextEncoder(tiny_text_config()).eval()
     open_branches(model)
     open_branches(encoder)
     return model, encoder
@@ -45,7 +45,7 @@ def videos(
 
 @pytest.mark.parametrize("scheduler", ["euler", "unipc"])
 def test_two_forwards_make_the_same_video(
-    networks: tuple[VideoDiT, ByteTextEncoder], scheduler: str
+    networks: tuple[VideoDiT, TrainedTextEncoder], scheduler: str
 ) -> None:
     batched = videos(networks, scheduler=scheduler)
     apart = videos(networks, scheduler=scheduler, batched_guidance=False)
@@ -54,7 +54,7 @@ def test_two_forwards_make_the_same_video(
 
 
 def test_unipc_needs_fewer_steps_to_the_same_end(
-    networks: tuple[VideoDiT, ByteTextEncoder],
+    networks: tuple[VideoDiT, TrainedTextEncoder],
 ) -> None:
     end = videos(networks, steps=128, guidance=1.0).astype(float)
     errors = {
@@ -64,7 +64,7 @@ def test_unipc_needs_fewer_steps_to_the_same_end(
     assert 0 < errors["unipc"] < 0.8 * errors["euler"], "levels of 255, mean"
 
 
-def test_a_prompt_has_the_seed_of_its_place(networks: tuple[VideoDiT, ByteTextEncoder]) -> None:
+def test_a_prompt_has_the_seed_of_its_place(networks: tuple[VideoDiT, TrainedTextEncoder]) -> None:
     together = videos(networks, ("a cat", "a dog"))
     np.testing.assert_array_equal(together[:1], videos(networks, ("a cat",)))
     np.testing.assert_array_equal(together[1:], videos(networks, ("a dog",), seed=6))

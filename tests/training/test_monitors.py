@@ -16,7 +16,7 @@ from sla.diffusion.flow_matching import FlowMatching
 from sla.models.diffusers_model import DiffusersVideoModel
 from sla.models.dit import VideoDiT
 from sla.models.testing import open_branches, tiny_dit_config, tiny_text_config
-from sla.models.text import ByteTextEncoder
+from sla.models.text import TrainedTextEncoder
 from sla.models.video_model import VideoModel
 from sla.models.wan import build_wan
 from sla.training.config import OptimConfig
@@ -51,7 +51,7 @@ def module_of(model: VideoModel) -> DiffusionModule:
     """A module that keeps what it is asked to log."""
     module = DiffusionModule(
         model,
-        ByteTextEncoder(tiny_text_config()),
+        TrainedTextEncoder(tiny_text_config()),
         FlowMatching(shift=3.0, timesteps="uniform"),
         OptimConfig(),
         seed=0,

@@ -58,8 +58,8 @@ def report(
     )
     name = Path(data.root).name if data.source != "webdataset" else "shards"
     out = out or Path(experiment.run.dir) / "data-report" / name
-    of_bytes = experiment.text_encoder.name == "bytes" and not experiment.text.words
-    bytes_read = experiment.text.max_bytes if of_bytes else None
+    of_bytes = experiment.text_encoder.name == "trained" and not experiment.text.words
+    bytes_read = experiment.text.max_tokens if of_bytes else None
     summary = summarize(
         facts, left_out, num_frames=data.num_frames, fps=data.fps, max_bytes=bytes_read
     )

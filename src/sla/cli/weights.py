@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sla.models.families import RANDOM, family
-from sla.models.text import ByteTextEncoder
+from sla.models.text import TrainedTextEncoder
 from sla.training.build import build_module, load_text_encoder
 from sla.training.config import Experiment
 from sla.training.module import DiffusionModule
@@ -75,7 +75,7 @@ def load(experiment: Experiment, path: Path, *, swap: bool = False) -> Loaded:
     text_encoder = restored.text_encoder or load_text_encoder(
         experiment.text_encoder, experiment.text
     )
-    if restored.text_encoder is None and isinstance(text_encoder, ByteTextEncoder):
+    if restored.text_encoder is None and isinstance(text_encoder, TrainedTextEncoder):
         raise RunError(
             f"{path} holds no text encoder; name the frozen one that it was trained with "
             "(text_encoder.name, text_encoder.source)"

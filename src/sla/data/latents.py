@@ -6,8 +6,8 @@ cache of p passes sees, in its first p passes, what training from the same list 
 then the same samples again, in the orders of later passes. (Shards of videos have an order of their
 own; their cache is read in that of a list.) Captions are dropped at reading, not at encoding.
 
-A text encoder that is trained with the model (`ByteTextEncoder`) has no lasting outputs: of it the
-cache holds token ids. Of a frozen one it holds the embeddings.
+A text encoder that is trained with the model (`TrainedTextEncoder`) has no lasting outputs: of it
+the cache holds token ids. Of a frozen one it holds the embeddings.
 
     DIR/plan.json                      what decides the content; written first
     DIR/train-00000.safetensors ...    shards, `shard_samples` samples each
@@ -48,7 +48,7 @@ from sla.data.streaming import ShardStream, bucket_sizes
 from sla.files import atomic_path, file_sha256, sha256, write_text
 from sla.models.autoencoders import VideoAutoencoder
 from sla.models.identity import DTYPES
-from sla.models.text import ByteTextEncoder, FrozenTextEncoder, UMT5TextEncoder
+from sla.models.text import FrozenTextEncoder, TrainedTextEncoder, UMT5TextEncoder
 
 if TYPE_CHECKING:
     from sla.data.module import DataConfig, TrainStream, VideoDataModule
@@ -65,7 +65,7 @@ CUT = (
 _HEADER_KEY = "sla"
 _OPEN_SHARDS = 128  # that a process keeps mapped
 
-CacheTextEncoder = ByteTextEncoder | FrozenTextEncoder | UMT5TextEncoder
+CacheTextEncoder = TrainedTextEncoder | FrozenTextEncoder | UMT5TextEncoder
 Sample = dict[str, Any]
 
 
@@ -321,7 +321,7 @@ class _ShardEncoder:
     def add_text(self, caption: str) -> int:
         """Number of the caption's text in this shard."""
         if caption not in self.texts:
-            if isinstance(self.text_encoder, ByteTextEncoder):
+            if isinstance(self.text_encoder, TrainedTextEncoder):
                 ids, mask = self.text_encoder.tokenize([caption])
                 text = ids.to(torch.int32)
             else:
@@ -396,9 +396,9 @@ def _plan(
         f"{height}x{width}": autoencoder.latent_shape(cut.num_frames, height, width)
         for height, width in [(cut.height, cut.width), *bucket_sizes(cut)]
     }
-    if isinstance(text_encoder, ByteTextEncoder):
+    if isinstance(text_encoder, TrainedTextEncoder):
         # As long as `tokenize` makes all.
-        text: dict[str, Any] = {"kind": TOKENS, "length": text_encoder.config.max_bytes + 1}
+        text: dict[str, Any] = {"kind": TOKENS, "length": text_encoder.config.max_tokens + 1}
         text["pad"] = text_encoder.PAD
     else:
         inner = text_encoder

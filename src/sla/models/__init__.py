@@ -20,19 +20,17 @@ from sla.models.checkpoint import (
 )
 from sla.models.dit import DiTConfig, VideoDiT
 from sla.models.text import (
-    ByteTextEncoder,
-    ByteTextEncoderConfig,
     FrozenTextEncoder,
     TextEncoder,
     TextEncoderConfig,
+    TrainedTextEncoder,
+    TrainedTextEncoderConfig,
     UMT5TextEncoder,
     build_text_encoder,
 )
 
 __all__ = [
     "AutoencoderConfig",
-    "ByteTextEncoder",
-    "ByteTextEncoderConfig",
     "CheckpointError",
     "DiTConfig",
     "FrozenTextEncoder",
@@ -43,6 +41,8 @@ __all__ = [
     "SavedModel",
     "TextEncoder",
     "TextEncoderConfig",
+    "TrainedTextEncoder",
+    "TrainedTextEncoderConfig",
     "UMT5TextEncoder",
     "VideoAutoencoder",
     "VideoDiT",

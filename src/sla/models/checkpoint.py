@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sla.attention import AttentionConfig, AttentionMethod, attention_config_from_dict
 from sla.models.dit import DiTConfig, VideoDiT
-from sla.models.text import ByteTextEncoder, ByteTextEncoderConfig
+from sla.models.text import TrainedTextEncoder, TrainedTextEncoderConfig
 
 FORMAT = "sla-video-dit"
 VERSION = 1
@@ -64,7 +64,7 @@ class ModelHeader:
     """
 
     model: DiTConfig
-    text: ByteTextEncoderConfig | None
+    text: TrainedTextEncoderConfig | None
     attention: AttentionConfig
     dtype: str
     metadata: dict[str, Any]
@@ -89,7 +89,7 @@ class LoadedModel:
     """What `load_model` built; fields as in `LoadReport`."""
 
     model: VideoDiT
-    text_encoder: ByteTextEncoder | None
+    text_encoder: TrainedTextEncoder | None
     header: ModelHeader
     initialised: list[str]
 
@@ -107,7 +107,7 @@ def save_model(
     Args:
         path: a `.safetensors` file, or a folder, which gets `model.safetensors`. Folders are made.
         model: a `VideoDiT`, possibly compiled.
-        text_encoder: the `ByteTextEncoder` trained with it; None for a frozen one from elsewhere.
+        text_encoder: the `TrainedTextEncoder` of the model; None for a frozen one from elsewhere.
         metadata: JSON-able extras for the header.
         dtype: store floating-point weights in this dtype (`torch.bfloat16` halves the file); None
             keeps theirs. An attention method's own parameters are few and keep theirs always.
@@ -171,7 +171,7 @@ def load_model(
     """
     header = read_header(path)
     model = VideoDiT(header.model, attention or header.attention)
-    text_encoder = None if header.text is None else ByteTextEncoder(header.text)
+    text_encoder = None if header.text is None else TrainedTextEncoder(header.text)
     report = load_weights(path, model, text_encoder, new_attention=attention is not None)
     model.to(device=device, dtype=dtype)
     if text_encoder is not None:
@@ -191,7 +191,7 @@ def load_weights(
     Args:
         path: a `.safetensors` file, or the folder with `model.safetensors`.
         model: a `VideoDiT`, possibly compiled.
-        text_encoder: the `ByteTextEncoder` that belongs to it, if the file holds one.
+        text_encoder: the `TrainedTextEncoder` that belongs to it, if the file holds one.
         new_attention: the model may have another attention method than the file. Parameters of
             its own that the file lacks keep their values and are listed in the report. Parameters
             in the file that the model lacks are an error all the same: nothing is dropped.
@@ -288,7 +288,7 @@ def _parse_header(path: Path, stored: Mapping[str, str] | None) -> ModelHeader:
             )
         return ModelHeader(
             model=DiTConfig(**values["model"]),
-            text=None if values["text"] is None else ByteTextEncoderConfig(**values["text"]),
+            text=None if values["text"] is None else TrainedTextEncoderConfig(**values["text"]),
             attention=attention_config_from_dict(values["attention"]),
             dtype=values["dtype"],
             metadata=values["metadata"],
@@ -302,7 +302,7 @@ def _parse_header(path: Path, stored: Mapping[str, str] | None) -> ModelHeader:
 def _differences(
     header: ModelHeader,
     model: DiTConfig,
-    text: ByteTextEncoderConfig | None,
+    text: TrainedTextEncoderConfig | None,
     attention: AttentionConfig,
 ) -> list[str]:
     """Both architectures, where they differ."""
@@ -318,7 +318,7 @@ def _differences(
     ]
 
 
-def _state(model: VideoDiT, text_encoder: ByteTextEncoder | None) -> dict[str, Tensor]:
+def _state(model: VideoDiT, text_encoder: TrainedTextEncoder | None) -> dict[str, Tensor]:
     """Tensors of both modules by their keys in a file; they share memory with the modules."""
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
     if text_encoder is not None:
@@ -337,7 +337,7 @@ def _attention_keys(model: VideoDiT) -> set[str]:
 
 
 def _stored_tensors(
-    model: VideoDiT, text_encoder: ByteTextEncoder | None, dtype: torch.dtype | None
+    model: VideoDiT, text_encoder: TrainedTextEncoder | None, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     own = _attention_keys(model)
     for key, tensor in _state(model, text_encoder).items():
@@ -353,11 +353,11 @@ def _unwrap(model: nn.Module) -> VideoDiT:
     return model
 
 
-def _unwrap_text(text_encoder: nn.Module | None) -> ByteTextEncoder | None:
+def _unwrap_text(text_encoder: nn.Module | None) -> TrainedTextEncoder | None:
     text_encoder = getattr(text_encoder, "_orig_mod", text_encoder)
-    if text_encoder is not None and not isinstance(text_encoder, ByteTextEncoder):
+    if text_encoder is not None and not isinstance(text_encoder, TrainedTextEncoder):
         raise TypeError(
-            f"text_encoder is a {type(text_encoder).__name__}; it must be a ByteTextEncoder, "
+            f"text_encoder is a {type(text_encoder).__name__}; it must be a TrainedTextEncoder, "
             "or None: frozen encoders are not part of our files"
         )
     return text_encoder

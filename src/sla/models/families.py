@@ -24,7 +24,7 @@ from sla.files import file_sha256
 from sla.models import checkpoint
 from sla.models.dit import DiTConfig, VideoDiT
 from sla.models.identity import DTYPES
-from sla.models.text import ByteTextEncoder, ByteTextEncoderConfig
+from sla.models.text import TrainedTextEncoder, TrainedTextEncoderConfig
 from sla.models.video_model import ModelConfig, VideoModel
 from sla.models.wan_sizes import WAN_CONFIGS
 
@@ -44,9 +44,9 @@ class Restored:
     """
 
     model: VideoModel
-    text_encoder: ByteTextEncoder | None
+    text_encoder: TrainedTextEncoder | None
     config: ModelConfig
-    text: ByteTextEncoderConfig | None
+    text: TrainedTextEncoderConfig | None
 
 
 class ModelFamily(abc.ABC):

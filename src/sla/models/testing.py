@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sla.models.dit import DiTConfig
-from sla.models.text import ByteTextEncoderConfig
+from sla.models.text import TrainedTextEncoderConfig
 
 
 def tiny_dit_config() -> DiTConfig:
@@ -26,9 +26,9 @@ def tiny_dit_config() -> DiTConfig:
     )
 
 
-def tiny_text_config() -> ByteTextEncoderConfig:
+def tiny_text_config() -> TrainedTextEncoderConfig:
     """One layer of width 16, fitting `tiny_dit_config`."""
-    return ByteTextEncoderConfig(text_dim=16, depth=1, num_heads=2, mlp_ratio=2.0, max_bytes=23)
+    return TrainedTextEncoderConfig(text_dim=16, depth=1, num_heads=2, mlp_ratio=2.0, max_tokens=23)
 
 
 def open_branches(module: nn.Module, seed: int = 0, std: float = 0.1) -> None:

@@ -1,6 +1,6 @@
 """Text encoders: captions in, embeddings and a mask out.
 
-`ByteTextEncoder` (over bytes or words) is trained with the model and needs no download;
+`TrainedTextEncoder` (over bytes or words) is trained with the model and needs no download;
 `UMT5TextEncoder` is Wan's frozen one. Shapes: B captions, L tokens.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from sla.models.dit import DiTConfig
 from sla.models.identity import DTYPES, require_source, weights_checksum
 
-TEXT_ENCODERS = ("bytes", "umt5")
+TEXT_ENCODERS = ("trained", "umt5")
 
 
 @runtime_checkable
@@ -50,9 +50,9 @@ class TextEncoderConfig:
     """Which text encoder a model reads.
 
     Attributes:
-        name: `bytes` (a `ByteTextEncoder`, trained with the model; its sizes are the section
+        name: `trained` (a `TrainedTextEncoder`, trained with the model; its sizes are the section
             `text`) or `umt5` (Wan's, frozen; embeddings come from a latent cache).
-        source: hub id or local folder of umt5's weights and tokenizer; empty for `bytes`.
+        source: hub id or local folder of umt5's weights and tokenizer; empty for `trained`.
         revision: commit of the hub repository, all 40 digits; not used for a local folder.
         max_tokens: length that umt5 pads or cuts captions to.
         dtype: of umt5's weights: `float32`, `bfloat16` or `float16`.
@@ -61,7 +61,7 @@ class TextEncoderConfig:
         ValueError: a value that cannot be used; names the field and what would do.
     """
 
-    name: str = "bytes"
+    name: str = "trained"
     source: str = ""
     revision: str = ""
     max_tokens: int = 512
@@ -74,20 +74,20 @@ class TextEncoderConfig:
             )
         if self.max_tokens < 1:
             raise ValueError(f"text_encoder.max_tokens is {self.max_tokens}; it must be at least 1")
-        if self.name != "bytes":
+        if self.name != "trained":
             require_source("text_encoder", self.name, self.source, self.revision, self.dtype)
 
 
 @dataclass
-class ByteTextEncoderConfig:
-    """Sizes of a `ByteTextEncoder`.
+class TrainedTextEncoderConfig:
+    """Sizes of a `TrainedTextEncoder`.
 
     Attributes:
         text_dim: width, of the layers and of the embeddings; the model's `text_dim`.
         depth: transformer layers.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP over the width.
-        max_bytes: bytes of UTF-8 that are read of a caption, or words where `words` is not 0; the
+        max_tokens: bytes of UTF-8 that are read of a caption, or words where `words` is not 0; the
             rest is cut off.
         words: 0 for tokens that are bytes. Otherwise tokens are words and punctuation marks, each
             hashed to one of so many ids: fewer tokens, and captions of few different words are
@@ -101,11 +101,11 @@ class ByteTextEncoderConfig:
     depth: int = 2
     num_heads: int = 2
     mlp_ratio: float = 4.0
-    max_bytes: int = 127
+    max_tokens: int = 127
     words: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("text_dim", "depth", "num_heads", "max_bytes"):
+        for name in ("text_dim", "depth", "num_heads", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.words < 0:
@@ -122,11 +122,11 @@ class ByteTextEncoderConfig:
     def identity(self) -> str:
         """What the token ids of a caption depend on. The weights are trained: no part of it."""
         if self.words:
-            return f"words ids={self.words} max_words={self.max_bytes}"
-        return f"bytes max_bytes={self.max_bytes}"
+            return f"words ids={self.words} max_tokens={self.max_tokens}"
+        return f"bytes max_tokens={self.max_tokens}"
 
 
-class ByteTextEncoder(nn.Module):
+class TrainedTextEncoder(nn.Module):
     """A small transformer over the bytes of a caption, or its words, trained with the model.
 
     A token is a byte (0 to 255) or the hash of a word, BOS at the start, or PAD. BOS makes the
@@ -136,14 +136,14 @@ class ByteTextEncoder(nn.Module):
         BOS, PAD: the ids after those of bytes or words.
     """
 
-    def __init__(self, config: ByteTextEncoderConfig) -> None:
+    def __init__(self, config: TrainedTextEncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.text_dim = config.text_dim
         self.BOS = config.words or 256
         self.PAD = self.BOS + 1
         self.token_embedding = nn.Embedding(self.PAD + 1, config.text_dim)
-        self.position_embedding = nn.Parameter(torch.empty(config.max_bytes + 1, config.text_dim))
+        self.position_embedding = nn.Parameter(torch.empty(config.max_tokens + 1, config.text_dim))
         self.layers = nn.ModuleList(_EncoderLayer(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.text_dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -157,20 +157,20 @@ class ByteTextEncoder(nn.Module):
     def tokenize(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Bytes or words of the captions, on the CPU.
 
-        A caption longer than `max_bytes` bytes is cut at a whole character. The length is always
-        max_bytes + 1, so that a compiled model sees one shape.
+        A longer caption is cut at a whole character or word. The length is always max_tokens + 1,
+        so that a compiled model sees one shape.
 
         Args:
             captions: B strings, possibly empty.
 
         Returns:
-            ids (B, max_bytes + 1) int64 and mask (B, max_bytes + 1) bool.
+            ids (B, max_tokens + 1) int64 and mask (B, max_tokens + 1) bool.
 
         Raises:
             TypeError: a single string, or an item that is not a string.
         """
         _check_captions(captions)
-        length = self.config.max_bytes + 1
+        length = self.config.max_tokens + 1
         ids = torch.full((len(captions), length), self.PAD, dtype=torch.int64)
         for row, caption in enumerate(captions):
             tokens = [self.BOS, *self._tokens_of(caption)]
@@ -178,7 +178,7 @@ class ByteTextEncoder(nn.Module):
         return ids, ids != self.PAD
 
     def _tokens_of(self, caption: str) -> Sequence[int]:
-        most = self.config.max_bytes
+        most = self.config.max_tokens
         if self.config.words:
             words = re.findall(r"\w+|[^\w\s]", caption.lower())[:most]
             return [
@@ -191,7 +191,7 @@ class ByteTextEncoder(nn.Module):
         """Encode tokens.
 
         Args:
-            ids: (B, L) int64, L <= max_bytes + 1.
+            ids: (B, L) int64, L <= max_tokens + 1.
             mask: (B, L) bool, True for real tokens.
 
         Returns:
@@ -200,10 +200,10 @@ class ByteTextEncoder(nn.Module):
         Raises:
             ValueError: shapes that do not fit.
         """
-        if ids.ndim != 2 or ids.shape[1] > self.config.max_bytes + 1:
+        if ids.ndim != 2 or ids.shape[1] > self.config.max_tokens + 1:
             raise ValueError(
                 f"ids have shape {tuple(ids.shape)}; they must be (B, L), "
-                f"L at most {self.config.max_bytes + 1}"
+                f"L at most {self.config.max_tokens + 1}"
             )
         if mask.shape != ids.shape:
             raise ValueError(
@@ -215,7 +215,7 @@ class ByteTextEncoder(nn.Module):
         return self.norm(hidden).to(hidden.dtype) * mask.unsqueeze(-1)
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, max_bytes + 1, text_dim) and mask, on the encoder's device."""
+        """Embeddings (B, max_tokens + 1, text_dim) and mask, on the encoder's device."""
         ids, mask = self.tokenize(captions)
         device = self.position_embedding.device
         ids, mask = ids.to(device), mask.to(device)
@@ -225,7 +225,7 @@ class ByteTextEncoder(nn.Module):
 class _EncoderLayer(nn.Module):
     """Pre-norm transformer layer; masked tokens are never attended to."""
 
-    def __init__(self, config: ByteTextEncoderConfig) -> None:
+    def __init__(self, config: TrainedTextEncoderConfig) -> None:
         super().__init__()
         dim = config.text_dim
         mlp_width = round(config.mlp_ratio * dim)
@@ -381,18 +381,18 @@ class FrozenTextEncoder:
 
 
 def build_text_encoder(
-    config: TextEncoderConfig, sizes: ByteTextEncoderConfig
-) -> ByteTextEncoder | FrozenTextEncoder:
+    config: TextEncoderConfig, sizes: TrainedTextEncoderConfig
+) -> TrainedTextEncoder | FrozenTextEncoder:
     """The text encoder of a config: freshly initialised if it is trained, else with its weights.
 
     Args:
-        sizes: of the `bytes` encoder.
+        sizes: of the `trained` encoder.
 
     Raises:
         FileNotFoundError, ValueError: from `UMT5TextEncoder.from_pretrained`.
     """
-    if config.name == "bytes":
-        return ByteTextEncoder(sizes)
+    if config.name == "trained":
+        return TrainedTextEncoder(sizes)
     return FrozenTextEncoder(
         UMT5TextEncoder.from_pretrained(
             config.source,
@@ -434,11 +434,11 @@ def _missing_message(name: str, encoder: str, tokenizer: str, error: Exception) 
 
 
 __all__ = [
-    "ByteTextEncoder",
-    "ByteTextEncoderConfig",
     "FrozenTextEncoder",
     "TextEncoder",
     "TextEncoderConfig",
+    "TrainedTextEncoder",
+    "TrainedTextEncoderConfig",
     "UMT5TextEncoder",
     "build_text_encoder",
     "clean_caption",

@@ -24,11 +24,11 @@ from sla.diffusion.flow_matching import FlowMatching
 from sla.models.autoencoders import AutoencoderConfig, VideoAutoencoder, build_autoencoder
 from sla.models.families import RANDOM, family
 from sla.models.text import (
-    ByteTextEncoder,
-    ByteTextEncoderConfig,
     FrozenTextEncoder,
     TextEncoder,
     TextEncoderConfig,
+    TrainedTextEncoder,
+    TrainedTextEncoderConfig,
     build_text_encoder,
 )
 from sla.models.video_model import VideoModel
@@ -76,8 +76,8 @@ def load_autoencoder(config: AutoencoderConfig) -> VideoAutoencoder:
 
 
 def load_text_encoder(
-    config: TextEncoderConfig, sizes: ByteTextEncoderConfig
-) -> ByteTextEncoder | FrozenTextEncoder:
+    config: TextEncoderConfig, sizes: TrainedTextEncoderConfig
+) -> TrainedTextEncoder | FrozenTextEncoder:
     """A freshly initialised text encoder, or the frozen one of the config, loaded once a process.
 
     Raises:
@@ -92,9 +92,9 @@ def load_text_encoder(
     return encoder
 
 
-def trained_part(text_encoder: TextEncoder) -> ByteTextEncoder | None:
+def trained_part(text_encoder: TextEncoder) -> TrainedTextEncoder | None:
     """The text encoder if model files hold it, None if it is a frozen one from elsewhere."""
-    return text_encoder if isinstance(text_encoder, ByteTextEncoder) else None
+    return text_encoder if isinstance(text_encoder, TrainedTextEncoder) else None
 
 
 def build_data(experiment: Experiment) -> VideoDataModule:
@@ -108,7 +108,7 @@ def build_data(experiment: Experiment) -> VideoDataModule:
     """
     data = VideoDataModule(experiment.data)
     data.ranks_per_sample = experiment.trainer.sequence_parallel
-    frozen_text = experiment.text_encoder.name != "bytes"
+    frozen_text = experiment.text_encoder.name != "trained"
     if experiment.data.source != "latents":
         if experiment.autoencoder.name != "pixel" or frozen_text:
             raise RunError(
@@ -136,7 +136,7 @@ def build_data(experiment: Experiment) -> VideoDataModule:
 
 def build_networks(
     experiment: Experiment, attention: AttentionConfig | None = None, weights: str = RANDOM
-) -> tuple[VideoModel, ByteTextEncoder | FrozenTextEncoder]:
+) -> tuple[VideoModel, TrainedTextEncoder | FrozenTextEncoder]:
     """Network and text encoder; what is drawn is the same for the same `run.seed`.
 
     Args:

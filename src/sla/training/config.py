@@ -14,7 +14,7 @@ from sla.data.module import DataConfig
 from sla.models.autoencoders import AutoencoderConfig
 from sla.models.dit import DiTConfig
 from sla.models.schedulers import SCHEDULERS
-from sla.models.text import ByteTextEncoderConfig, TextEncoderConfig
+from sla.models.text import TextEncoderConfig, TrainedTextEncoderConfig
 from sla.models.video_model import ModelConfig
 
 
@@ -306,7 +306,7 @@ class Experiment:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=DiTConfig)
-    text: ByteTextEncoderConfig = field(default_factory=ByteTextEncoderConfig)
+    text: TrainedTextEncoderConfig = field(default_factory=TrainedTextEncoderConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)

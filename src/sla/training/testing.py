@@ -28,7 +28,7 @@ text:
   text_dim: 16
   depth: 1
   mlp_ratio: 2.0
-  max_bytes: 23
+  max_tokens: 23
 optim:
   learning_rate: 1.0e-3
   warmup_steps: 2
