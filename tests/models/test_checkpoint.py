@@ -240,6 +240,19 @@ def test_bad_headers(tmp_path, section, key, value, message):
         load_model(path)
 
 
+def test_a_file_of_version_1_is_read(tmp_path):
+    path = save_model(tmp_path, *build()).path
+    config = load_model(path).header.text
+
+    def change(tensors, metadata):
+        header = json.loads(metadata["sla"]) | {"version": 1}
+        header["text"]["max_bytes"] = header["text"].pop("max_tokens")
+        metadata["sla"] = json.dumps(header)
+
+    edit(path, change)
+    assert load_model(path).header.text == config
+
+
 def test_full_disk_leaves_the_old_file(tmp_path):
     model, text = build()
     path = save_model(tmp_path, model, text, metadata={"which": "old"}).path

@@ -25,7 +25,7 @@ from sla.models.dit import DiTConfig, VideoDiT
 from sla.models.text import TrainedTextEncoder, TrainedTextEncoderConfig
 
 FORMAT = "sla-video-dit"
-VERSION = 1
+VERSION = 2
 DEFAULT_NAME = "model.safetensors"
 _HEADER_KEY = "sla"
 
@@ -273,6 +273,13 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
         ) from error
 
 
+def _text_config(values: dict[str, Any]) -> TrainedTextEncoderConfig:
+    if "max_bytes" in values:  # its name in version 1
+        values = {**values, "max_tokens": values["max_bytes"]}
+        del values["max_bytes"]
+    return TrainedTextEncoderConfig(**values)
+
+
 def _parse_header(path: Path, stored: Mapping[str, str] | None) -> ModelHeader:
     text = (stored or {}).get(_HEADER_KEY)
     if text is None:
@@ -288,7 +295,7 @@ def _parse_header(path: Path, stored: Mapping[str, str] | None) -> ModelHeader:
             )
         return ModelHeader(
             model=DiTConfig(**values["model"]),
-            text=None if values["text"] is None else TrainedTextEncoderConfig(**values["text"]),
+            text=None if values["text"] is None else _text_config(values["text"]),
             attention=attention_config_from_dict(values["attention"]),
             dtype=values["dtype"],
             metadata=values["metadata"],
