@@ -514,7 +514,7 @@ def _in_processes(jobs: Sequence[Job], setup: Setup, workers: int) -> Iterator[S
             ) from error
         while True:
             while len(ahead) < 2 * workers and (job := next(waiting, None)) is not None:
-                ahead.append((job, pool.submit(_score_in_worker, job)))
+                ahead.append((job, _submitted(pool, job)))
             if not ahead:
                 return
             try:
@@ -531,6 +531,16 @@ def _in_processes(jobs: Sequence[Job], setup: Setup, workers: int) -> Iterator[S
                 yield found
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, job: Job) -> Future[Scored]:
+    """A job's future, which also says that an earlier job has broken the pool."""
+    try:
+        return pool.submit(_score_in_worker, job)
+    except BrokenProcessPool as error:
+        refused: Future[Scored] = Future()
+        refused.set_exception(error)
+        return refused
 
 
 def _alone(jobs: Sequence[Job], setup: Setup) -> Iterator[Scored]:

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -317,16 +318,20 @@ def test_what_is_not_available_says_so_and_the_rest_runs(
 
 
 @pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize("pause", [0.0, 1.5])  # the next job is given out after the process died
 def test_a_video_that_kills_its_process_is_listed(
-    sets: tuple[list[Path], list[Path]], monkeypatch: pytest.MonkeyPatch
+    sets: tuple[list[Path], list[Path]], monkeypatch: pytest.MonkeyPatch, pause: float
 ) -> None:
     monkeypatch.setattr(sla_eval.runner, "_score_in_worker", crash_on_two)
     progress: list[str] = []
+
+    def after_each(done: int, total: int, name: str) -> None:
+        if not progress:
+            time.sleep(pause)
+        progress.append(name)
+
     found = score_videos(
-        sets[0],
-        {"temporal_flickering": TemporalFlickering},
-        workers=2,
-        progress=lambda done, total, name: progress.append(name),
+        sets[0], {"temporal_flickering": TemporalFlickering}, workers=2, progress=after_each
     )
     assert found.unreadable == {
         "2.mp4": "the process that decoded and scored it died",
