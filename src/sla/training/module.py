@@ -127,9 +127,9 @@ class DiffusionModule(pl.LightningModule):
         noisy = self.flow.interpolate(video, noise, sigma)
         inputs = (noisy, self.flow.timestep(sigma), text, text_mask)
         if training:
-            # Blocks are compiled one by one and DDP's exchange follows their backwards by itself.
-            # Dynamo would cut each where a bucket ends, in the forward but not where activation
-            # checkpointing repeats it, which then fails.
+            # Blocks are compiled one by one, and DDP's exchange follows their backwards by itself:
+            # Dynamo need not cut them where a bucket ends. (With recomputed blocks DDP failed on
+            # two GPUs in torch 2.11 while it did.)
             with torch._dynamo.config.patch(optimize_ddp=False) if self.compiled else nullcontext():
                 velocity = self.model(*inputs)
         else:  # validation is observed through hooks, which compiled blocks do not call
