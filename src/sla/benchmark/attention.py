@@ -12,7 +12,6 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from sla.attention import (
 )
 from sla.benchmark import timing
 from sla.benchmark.kernels import SEED, quantiles
-from sla.results import RESULTS, ResultsFile
+from sla.benchmark.recording import add_options, results_file
 
 WAN_GRID = (21, 30, 52)  # 480p, 81 frames: 32,760 tokens
 CHECK_GRID = (5, 10, 12)
@@ -116,17 +115,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--repeats", type=int, default=3, help="on a CPU")
     parser.add_argument("--budget-ms", type=float, default=100.0, help="on a GPU")
-    parser.add_argument("--record", action="store_true", help="keep the rows under results/")
-    parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and keep if asked; 1 if a method failed or gave a wrong result."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    file = None
-    if options.record or options.out:
-        file = ResultsFile("attention", root=options.out or RESULTS, seed=SEED)
+    file = results_file(options, "attention", seed=SEED)
     chosen = [arm for arm in ARMS if not options.methods or arm.label in options.methods]
     # A prediction needs its baseline.
     wanted = {arm.blocks for arm in chosen}

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset
 
-from sla.results import RESULTS, ResultsFile
+from sla.benchmark.recording import add_options, results_file
 
 if TYPE_CHECKING:
     from sla.data.module import DataConfig
@@ -68,8 +68,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         default=[100, 1_000, 10_000],
         help="how many samples of small clips a worker has read when its memory is taken",
     )
-    parser.add_argument("--record", action="store_true", help="keep the rows under results/")
-    parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -79,9 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if not clips:
         print(f"no clips in {DEMO_CLIPS}: run `make data`", file=sys.stderr)
         return 1
-    file = None
-    if options.record or options.out:
-        file = ResultsFile("data", root=options.out or RESULTS, seed=SEED)
+    file = results_file(options, "data", seed=SEED)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # everything here is counted by the core
     folder = Path(tempfile.mkdtemp(prefix="sla-benchmark-"))

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from sla.attention import (
 )
 from sla.benchmark import timing
 from sla.benchmark.kernels import SEED, quantiles
+from sla.benchmark.recording import add_options, results_file
 from sla.figures.paper import GPU_BLOCKS
 from sla.models.autoencoders import build_wan_autoencoder
 from sla.models.fusion import CUDAGraphed, compile_blocks, fuse_feed_forward
@@ -42,7 +42,6 @@ from sla.models.injection import apply_attention, attention_modules
 from sla.models.schedulers import build_scheduler
 from sla.models.testing import tiny_wan_autoencoder
 from sla.models.wan import WAN_CONFIGS, build_wan
-from sla.results import RESULTS, ResultsFile
 from sla.training.memory import (
     MemorySettings,
     attention_table_bytes,
@@ -101,17 +100,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=2, help="on a CPU")
     parser.add_argument("--budget-ms", type=float, default=3000.0, help="on a GPU, a measurement")
     parser.add_argument("--max-seconds", type=float, help="start no measurement after this long")
-    parser.add_argument("--record", action="store_true", help="keep the rows under results/")
-    parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and keep if asked; 1 if something of ours failed."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    file = None
-    if options.record or options.out:
-        file = ResultsFile("e2e", root=options.out or RESULTS, seed=SEED, label=options.size)
+    file = results_file(options, "e2e", seed=SEED, label=options.size)
     print(HEAD)
     start, status = time.monotonic(), 0
     baselines: dict[tuple[str, str, str], float] = {}

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sla.results import RESULTS, ResultsFile
+from sla.benchmark import timing
+from sla.benchmark.recording import add_options, results_file
 
 SEED = 0
 GOAL = 5.0  # videos a second, metrics without weights, 16 frames of 256x256, two cores
@@ -66,8 +67,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-seconds", type=float, help="begin no row after this time; the most telling are first"
     )
-    parser.add_argument("--record", action="store_true", help="keep the rows under results/")
-    parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -86,11 +86,8 @@ def run(options: argparse.Namespace) -> int:
             able[name] = cls
         else:
             missing[name] = reason
-    file = None
-    if options.record or options.out:
-        root = options.out or RESULTS
-        label = "throughput-random-weights" if options.random_weights else "throughput"
-        file = ResultsFile("eval", root=root, seed=SEED, label=label)
+    label = "throughput-random-weights" if options.random_weights else "throughput"
+    file = results_file(options, "eval", seed=SEED, label=label)
     folder = Path(tempfile.mkdtemp(prefix="sla-benchmark-"))
     if options.random_weights:
         print("weights are RANDOM: rates of the published architectures, no scores")
@@ -232,17 +229,10 @@ def gpu_busy(
 
     Arguments as of `videos_per_second`, which has warmed up. None where no kernel was seen.
     """
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        _score(classes, folder, device, workers, weights_dir, load, lambda: None, PROFILED)
-        torch.cuda.synchronize()
-    spans = [
-        (event.time_range.start, event.time_range.end)
-        for event in profiled.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    return covered(spans)
+    kernels = timing.gpu_kernels(
+        lambda: _score(classes, folder, device, workers, weights_dir, load, lambda: None, PROFILED)
+    )
+    return covered((start, end) for _, start, end in kernels)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float | None:

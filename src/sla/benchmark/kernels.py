@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +35,10 @@ from sla.benchmark.methods import (
     make_inputs,
     make_tensors,
 )
+from sla.benchmark.recording import add_options, results_file
 from sla.benchmark.suites import EVERYTHING, SUITES, Point, Shape, grouped, plan
 from sla.figures.paper import GPU_BLOCKS, NEGLIGIBLE, SPARSITY
-from sla.results import RESULTS, ResultsFile
+from sla.results import ResultsFile
 
 SEED = 0
 GRAPH_BELOW_MS = 3.0  # shorter steps are also timed as a CUDA graph
@@ -93,8 +93,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
         "--budget-ms", type=float, default=200.0, help="on a GPU: milliseconds of repeats"
     )
     parser.add_argument("--max-seconds", type=float, help="start no measurement after this long")
-    parser.add_argument("--record", action="store_true", help="keep the rows under results/")
-    parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -102,11 +101,9 @@ def run(options: argparse.Namespace) -> int:
     """Measure, print, and keep if asked."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = _with_defaults(options, device)
-    file = None
-    if options.record or options.out:
-        skewed = "skewed" if "skewed" in options.map else None
-        label = "-".join(part for part in (options.suite, skewed) if part)
-        file = ResultsFile("kernels", root=options.out or RESULTS, seed=SEED, label=label)
+    skewed = "skewed" if "skewed" in options.map else None
+    label = "-".join(part for part in (options.suite, skewed) if part)
+    file = results_file(options, "kernels", seed=SEED, label=label)
     session = _Session(options, device, file)
     print(HEAD)
     try:

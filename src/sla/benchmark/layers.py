@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sla.benchmark import timing
 from sla.benchmark.e2e import LATENTS, TEXT_TOKENS
 from sla.benchmark.kernels import SEED, quantiles
+from sla.benchmark.recording import add_options, results_file
 from sla.models.fusion import linear_gelu
 from sla.models.wan import rotate
 from sla.models.wan_sizes import WAN_CONFIGS
-from sla.results import RESULTS, ResultsFile
 
 HEAD = f"{'piece':16} {'written as':18} {'ms':>9} {'TB/s':>6} {'TFLOP/s':>8}"
 EPS = 1e-6
@@ -38,18 +37,14 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--budget-ms", type=float, default=300, help="on a GPU, a measurement")
     parser.add_argument("--repeats", type=int, default=3, help="on a CPU")
-    parser.add_argument("--record", action="store_true", help="keep the rows under results/")
-    parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, and keep if asked; 1 if a row could not be measured."""
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    file = None
-    if options.record or options.out:
-        root = options.out or RESULTS
-        file = ResultsFile("layers", root=root, seed=SEED, label=options.size)
+    file = results_file(options, "layers", seed=SEED, label=options.size)
     print(HEAD)
     failed = False
     for row in measure(options, device):

@@ -44,9 +44,9 @@ import torch
 from sla.benchmark.kernels import SEED, quantiles
 from sla.benchmark.multigpu_inputs import NEVER, Inputs, write_inputs
 from sla.benchmark.multigpu_rank import GO
+from sla.benchmark.recording import add_options, results_file
 from sla.figures.paper import GPU_BLOCKS
 from sla.models.wan_sizes import WAN_CONFIGS
-from sla.results import RESULTS, ResultsFile
 
 STRATEGIES = ("ddp", "fsdp2", "sequence")
 WHAT = ("train", "inference", "kill", "resume")
@@ -101,8 +101,7 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scratch", type=Path, help="for runs and checkpoints (1.3b: 50 GB); default: temporary"
     )
-    parser.add_argument("--record", action="store_true", help="keep the rows under results/")
-    parser.add_argument("--out", type=Path, help="keep the rows under this folder instead")
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -113,9 +112,7 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    file = None
-    if options.record or options.out:
-        file = ResultsFile("multigpu", root=options.out or RESULTS, seed=SEED, label=options.size)
+    file = results_file(options, "multigpu", seed=SEED, label=options.size)
     folder = Path(tempfile.mkdtemp(prefix="sla-multigpu-", dir=options.scratch))
     print(HEAD)
     status = 0

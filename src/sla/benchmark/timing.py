@@ -90,19 +90,28 @@ def gpu_peak_bytes(step: Step) -> int:
 
 def gpu_stages(step: Step) -> dict[str, float]:
     """Kernel name to milliseconds in one step, longest first; the L2 cache is warm here."""
+
+    def steps() -> None:
+        for _ in range(PROFILED_ITERATIONS):
+            step()
+
+    kernels = [(name, (end - start) / 1e3) for name, start, end in gpu_kernels(steps)]
+    return aggregate(kernels, PROFILED_ITERATIONS)
+
+
+def gpu_kernels(step: Step) -> list[tuple[str, float, float]]:
+    """Kernels of a step: name, start and end in microseconds."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(PROFILED_ITERATIONS):
-            step()
+        step()
         torch.cuda.synchronize()
-    kernels = [
-        (event.name, event.time_range.elapsed_us() / 1e3)
+    return [
+        (event.name, event.time_range.start, event.time_range.end)
         for event in profiled.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    return aggregate(kernels, PROFILED_ITERATIONS)
 
 
 def aggregate(kernels: Iterable[tuple[str, float]], iterations: int) -> dict[str, float]:
