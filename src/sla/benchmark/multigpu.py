@@ -57,7 +57,7 @@ GENERATION_STEPS = 4
 REPEATS = 5
 END_SECONDS = 120.0  # how long processes may outlive a killed rank
 POLL_SECONDS = 0.01
-LEARNING_RATES = {"1.3b": 1e-4, "tiny": 1e-2}
+LEARNING_RATES = {"1.3b": 1e-5, "tiny": 1e-2}
 # Between the losses of two runs of the same samples.
 TOLERANCE = {"bf16-mixed": 2e-2, "32-true": 1e-4}
 # NVLink multicast can put a host's GPUs out of service, which others may share.
