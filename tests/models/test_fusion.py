@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
-from sla.attention import AttentionConfig, FullConfig, SLAConfig
+from sla.attention import SLAConfig
 from sla.models.diffusers_model import DiffusersVideoModel
 from sla.models.fusion import (
     CUDAGraphed,
     FusedGELU,
     compile_blocks,
     fuse_feed_forward,
-    fuse_projections,
     linear_gelu,
 )
 from sla.models.wan import build_wan, rotate
@@ -103,27 +101,6 @@ def test_on_a_cpu_nothing_is_captured() -> None:
     for _ in range(2):
         assert torch.equal(function(x), x + 1)
     assert len(calls) == 2
-
-
-@pytest.mark.parametrize("config", [SLAConfig(), FullConfig()], ids=["sla", "full"])
-@torch.no_grad()
-def test_joined_projections_change_no_output(config: AttentionConfig) -> None:
-    model, batch = build(attention_config=config), inputs()
-    before = model(*batch)
-    layers = [block.attn1 for block in model.transformer.blocks]
-    assert fuse_projections(model.transformer) == len(layers)
-    assert fuse_projections(model.transformer) == 0, "done once"
-    for layer in layers:  # the joined weights are what is used
-        del layer.to_q, layer.to_k, layer.to_v
-    torch.testing.assert_close(model(*batch), before)
-
-
-def test_projections_with_lora_are_not_joined() -> None:
-    model = build_wan("tiny")
-    model.add_adapter(LoraConfig(r=2, target_modules=[r"blocks.1.attn1.to_k"]))
-    assert fuse_projections(model) == 1
-    assert model.blocks[0].attn1.fused_projections
-    assert not model.blocks[1].attn1.fused_projections
 
 
 @torch.no_grad()

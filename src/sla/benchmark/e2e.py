@@ -37,7 +37,7 @@ from sla.benchmark.kernels import SEED, quantiles
 from sla.benchmark.recording import add_options, results_file
 from sla.figures.paper import GPU_BLOCKS
 from sla.models.autoencoders import build_wan_autoencoder
-from sla.models.fusion import CUDAGraphed, compile_blocks, fuse_feed_forward, fuse_projections
+from sla.models.fusion import CUDAGraphed, compile_blocks, fuse_feed_forward
 from sla.models.injection import apply_attention, attention_modules
 from sla.models.schedulers import build_scheduler
 from sla.models.testing import tiny_wan_autoencoder
@@ -202,8 +202,6 @@ def _measure(
     weights = torch.float32 if what == "train" else dtype
     model = apply_attention(build_wan(options.size, weights, device, seed=SEED), arm.config)
     fuse_feed_forward(model)  # which takes part in inference only
-    if what != "train":
-        fuse_projections(model)
     inputs = make_inputs(options.size, device, dtype)
     function: Forward = partial(forward, model)
     if mode == "graph":

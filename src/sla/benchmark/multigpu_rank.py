@@ -30,7 +30,7 @@ from sla.benchmark import e2e
 from sla.benchmark.kernels import SEED
 from sla.cli.quiet import quiet_lightning
 from sla.config import load_experiment, to_dict
-from sla.models.fusion import compile_blocks, fuse_feed_forward, fuse_projections
+from sla.models.fusion import compile_blocks, fuse_feed_forward
 from sla.models.injection import apply_attention
 from sla.models.sequence_parallel import enable_sequence_parallel
 from sla.models.wan import build_wan
@@ -188,7 +188,6 @@ def _infer(options: argparse.Namespace) -> None:
             model = build_wan(options.size, dtype, device, seed=SEED)
             apply_attention(model, SLAConfig(block_q=options.blocks[0], block_kv=options.blocks[1]))
             fuse_feed_forward(model)
-            fuse_projections(model)
             if shared:
                 enable_sequence_parallel(model, ranks)
             if mode == "compiled":

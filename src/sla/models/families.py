@@ -339,13 +339,12 @@ class WanFamily(ModelFamily):
         return read_attention(path)[0].attention if (path / HEADER_NAME).is_file() else FullConfig()
 
     def for_inference(self, model: Any, device: torch.device) -> None:
-        from sla.models.fusion import fuse_feed_forward, fuse_projections
+        from sla.models.fusion import fuse_feed_forward
         from sla.models.wan import cast_wan
 
         if device.type == "cuda":
             cast_wan(model.transformer, torch.bfloat16)
             fuse_feed_forward(model.transformer)
-            fuse_projections(model.transformer)
 
     def _wrap(
         self, config: WanConfig, transformer: Any, attention: AttentionConfig | None

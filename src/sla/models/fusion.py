@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PROJECTIONS = ("to_q", "to_k", "to_v")
-
 
 @torch.library.custom_op("sla::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -140,37 +138,4 @@ def fuse_feed_forward(transformer: nn.Module) -> int:
     return len(found)
 
 
-def fuse_projections(transformer: nn.Module) -> int:
-    """Let every self-attention of a diffusers transformer make queries, keys and values in one
-    product, in place: diffusers' own `fuse_projections`.
-
-    The joined weights are copies, beside those that they are made of, and are in the state dict
-    too: for inference only. Call it after weights and dtype are final, and before compiling. Layers
-    whose projections are not plain (LoRA, quantisation) are left as they are.
-
-    Returns:
-        How many were joined; 0 where they had been before.
-    """
-    from diffusers.models.attention import AttentionModuleMixin
-
-    found: list[Any] = [
-        module
-        for module in transformer.modules()
-        if isinstance(module, AttentionModuleMixin)
-        and not module.is_cross_attention
-        and not module.fused_projections
-        and all(type(getattr(module, name, None)) is nn.Linear for name in _PROJECTIONS)
-    ]
-    for module in found:
-        module.fuse_projections()
-    return len(found)
-
-
-__all__ = [
-    "CUDAGraphed",
-    "FusedGELU",
-    "compile_blocks",
-    "fuse_feed_forward",
-    "fuse_projections",
-    "linear_gelu",
-]
+__all__ = ["CUDAGraphed", "FusedGELU", "compile_blocks", "fuse_feed_forward", "linear_gelu"]
