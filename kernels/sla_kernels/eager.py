@@ -44,7 +44,7 @@ def sparse_branch(
     if block_map.key_lengths is not None:
         padding = _padding(block_map.key_lengths, key)
         key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
-    output, lse = _SparseBranch.apply(query, key, value, block_map, scale)
+    output, lse = _apply(_SparseBranch, query, key, value, block_map, scale)
     return output, lse
 
 
@@ -97,8 +97,15 @@ def linear_branch(
         sums = phi_key.transpose(-1, -2) @ value
         normaliser = phi_key.sum(dim=2).unsqueeze(-1)
         return _safe_divide(phi_query @ sums, phi_query @ normaliser)
-    output: Tensor = _MarginalBranch.apply(phi_query, phi_key, value, block_map)
+    output: Tensor = _apply(_MarginalBranch, phi_query, phi_key, value, block_map)
     return output
+
+
+@torch.compiler.disable
+def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """function.apply(*inputs), kept from torch.compile: it looks at numbers on the host, where
+    Dynamo of PyTorch 2.11 silently makes other gradients of it."""
+    return function.apply(*inputs)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from sla.attention import SLAConfig
+from sla.attention import AttentionConfig, FullConfig, SLAConfig
 from sla.models.diffusers_model import DiffusersVideoModel
 from sla.models.fusion import (
     CUDAGraphed,
@@ -17,7 +18,9 @@ from sla.models.fusion import (
     fuse_feed_forward,
     linear_gelu,
 )
+from sla.models.injection import apply_attention
 from sla.models.wan import build_wan, rotate
+from sla.models.wan_sizes import WAN_CONFIGS
 
 
 def inputs() -> tuple[Tensor, ...]:
@@ -83,6 +86,74 @@ def test_compiled_blocks_give_the_same() -> None:
     fuse_feed_forward(model)
     compile_blocks(model.repeated_blocks(), fullgraph=True)
     torch.testing.assert_close(model(*batch), before, atol=1e-5, rtol=1e-5)
+
+
+CONFIGS = [FullConfig(), SLAConfig(block_q=16, block_kv=16, critical=0.2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["full", "sla"])
+def test_compiled_blocks_give_the_same_gradients(config: AttentionConfig, recomputed: bool) -> None:
+    """Of every parameter: a compiler's mistake in one of them is silent."""
+
+    def gradients(compiled: bool) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        model = build(attention_config=config).train()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():  # Proj starts at zero
+            for name, parameter in model.named_parameters():
+                if "processor" in name:
+                    parameter.normal_(std=0.1, generator=generator)
+        model.activation_checkpointing = recomputed
+        if compiled:
+            compile_blocks(model.repeated_blocks())
+        model(*inputs()).square().mean().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    found, expected = gradients(True), gradients(False)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-7, rtol=1e-4, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", [FullConfig(), SLAConfig()], ids=["full", "sla"])
+def test_compiled_gradients_of_a_real_layer_on_a_gpu(config: AttentionConfig) -> None:
+    """Inductor's reductions for tall tensors are others than for the tiny model's."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    sizes = {**WAN_CONFIGS["1.3b"], "num_layers": 2}
+    with torch.random.fork_rng(), torch.device("cuda"):
+        torch.manual_seed(0)
+        transformer = WanTransformer3DModel(**sizes)
+    state = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    latents, text = draw(1, 16, 9, 32, 52), draw(1, 512, sizes["text_dim"])
+    mask, target = torch.ones(1, 512, dtype=torch.bool, device="cuda"), draw(*latents.shape)
+
+    def gradients(compiled: bool) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        transformer.load_state_dict(state, strict=False)
+        transformer.zero_grad()
+        model = DiffusersVideoModel(transformer, text_tokens=512, attention_config=None)
+        if compiled:
+            compile_blocks(model.repeated_blocks())
+        with torch.autocast("cuda", torch.bfloat16):
+            velocity = model(latents, torch.tensor([500.0], device="cuda"), text, mask)
+        (velocity.float() - target).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    apply_attention(transformer, config)
+    transformer.to("cuda")
+    expected = gradients(False)
+    found = gradients(True)
+    for name, gradient in expected.items():
+        if gradient.norm() > 1e-6:
+            error = (found[name] - gradient).norm() / gradient.norm()
+            assert error < 0.05, f"{name}: {error:.1e}"
 
 
 def test_rotation_is_that_of_complex_numbers() -> None:

@@ -16,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# From PyTorch 2.10 on, Inductor's mix-order reductions leave the gradients of Wan's modulation
+# tables unwritten, whatever lies there, and under FSDP2 give one another shape
+# (pytorch/pytorch issues 193061 and 178080).
+_SAFE: dict[str, Any] = {"triton.mix_order_reduction": False}
+
 
 @torch.library.custom_op("sla::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -67,7 +72,7 @@ def compile_blocks(
             takes minutes.
     """
     for block in blocks:
-        block.compile(fullgraph=fullgraph, options={"coordinate_descent_tuning": tune})
+        block.compile(fullgraph=fullgraph, options={**_SAFE, "coordinate_descent_tuning": tune})
 
 
 class CUDAGraphed:
