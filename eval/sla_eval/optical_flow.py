@@ -8,8 +8,8 @@ once. Flow that needs more than a smooth local shift (large motion of small thin
 
 from __future__ import annotations
 
+import threading
 import weakref
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -102,23 +102,29 @@ class VideoFlow:
         shrunk = [shrink(luma(part), _WORKING_SIZE) for part in video.split(_FULL_CHUNK)]
         self.frames = torch.cat([images for images, _ in shrunk])
         self.factor = shrunk[0][1]
+        self._known: dict[bool, Tensor] = {}
+        self._lock = threading.Lock()  # metrics may run side by side
 
-    @cached_property
+    @property
     def forward(self) -> Tensor:
         """From each frame to the next: (T - 1, 2, h, w), in these smaller pixels."""
-        return self._flow(self.frames[:-1], self.frames[1:])
+        return self._flow(True)
 
-    @cached_property
+    @property
     def backward(self) -> Tensor:
         """From each frame but the first to the one before: (T - 1, 2, h, w)."""
-        return self._flow(self.frames[1:], self.frames[:-1])
+        return self._flow(False)
 
-    @staticmethod
-    def _flow(before: Tensor, after: Tensor) -> Tensor:
-        pairs = zip(before.split(_CHUNK), after.split(_CHUNK), strict=True)
-        return torch.cat([optical_flow(a, b) for a, b in pairs])
+    def _flow(self, forward: bool) -> Tensor:
+        with self._lock:
+            if forward not in self._known:
+                ends = self.frames[:-1].split(_CHUNK), self.frames[1:].split(_CHUNK)
+                pairs = zip(*(ends if forward else ends[::-1]), strict=True)
+                self._known[forward] = torch.cat([optical_flow(a, b) for a, b in pairs])
+            return self._known[forward]
 
 
+_lock = threading.Lock()
 _last: tuple[weakref.ref[Tensor], int, VideoFlow] | None = None
 
 
@@ -141,11 +147,12 @@ def video_flow(video: Tensor) -> VideoFlow:
         )
     if video.is_inference():  # torch does not count its changes
         return VideoFlow(video)
-    if _last is not None and _last[0]() is video and _last[1] == video._version:
-        return _last[2]
-    flow = VideoFlow(video)
-    _last = weakref.ref(video), video._version, flow
-    return flow
+    with _lock:
+        if _last is not None and _last[0]() is video and _last[1] == video._version:
+            return _last[2]
+        flow = VideoFlow(video)
+        _last = weakref.ref(video), video._version, flow
+        return flow
 
 
 def _refine(before: Tensor, after: Tensor, flow: Tensor) -> Tensor:
@@ -167,8 +174,16 @@ def _refine(before: Tensor, after: Tensor, flow: Tensor) -> Tensor:
 
 
 def _window_mean(images: Tensor) -> Tensor:
-    """Mean over a square window, row and column one after the other; the window ends at edges."""
-    # Shifted sums: several times as fast on a CPU as avg_pool2d, which does not vectorise.
+    """Mean over a square window; it ends at edges."""
+    if images.device.type == "cpu":
+        return _shifted_mean(images)
+    size = 2 * _RADIUS + 1  # one launch; a GPU waits for them at this size
+    return F.avg_pool2d(images, size, 1, _RADIUS, count_include_pad=False)
+
+
+def _shifted_mean(images: Tensor) -> Tensor:
+    """`_window_mean` by shifted sums, row and column one after the other: several times as fast on
+    a CPU as avg_pool2d, which does not vectorise."""
     for dim, padding in ((-1, (_RADIUS, _RADIUS, 0, 0)), (-2, (0, 0, _RADIUS, _RADIUS))):
         length = images.shape[dim]
         padded = F.pad(images, padding)

@@ -219,7 +219,7 @@ def score_videos(
     jobs = _jobs(files, references or {}, prompts, running, scores)
     results: Iterator[Scored]
     if device.type != "cpu":
-        scorer = Scorer(running, device, weights_dir, load)
+        scorer = Scorer(running, device, weights_dir, load, side_by_side=True)
         results = _on_one_thread(_with_decoding_threads(jobs, scorer, max(1, workers)))
     elif workers == 0:
         results = _one_by_one(jobs, Scorer(running, device, weights_dir, load))
@@ -322,6 +322,8 @@ class Scorer:
         weights_dir: folder of the networks' weights.
         load: gives a network by its name; None loads from `weights_dir`. A network is loaded once
             for all metrics.
+        side_by_side: whether the metrics of a video run in a thread each: on a GPU one prepares
+            frames, or follows them by OpenCV, while another's network works.
     """
 
     def __init__(
@@ -330,6 +332,8 @@ class Scorer:
         device: torch.device,
         weights_dir: str | os.PathLike[str] | None = None,
         load: Load | None = None,
+        *,
+        side_by_side: bool = False,
     ) -> None:
         self.device = device
         once = functools.cache(load or functools.partial(load_backbone, weights_dir=weights_dir))
@@ -340,6 +344,11 @@ class Scorer:
                 self.metrics[name] = _build(cls, weights_dir, once).to(device)
             except MetricUnavailableError as error:
                 self.not_available[name] = " ".join(str(error).split())
+        self._threads: ThreadPoolExecutor | None = None
+        if side_by_side and len(self.metrics) > 1:
+            self._threads = ThreadPoolExecutor(
+                len(self.metrics), "metric", torch.set_num_threads, (1,)
+            )
 
     def decode(self, job: Job) -> Decoded:
         """The frames of a job's video and of its reference, if a metric needs that."""
@@ -367,35 +376,68 @@ class Scorer:
         )
         fps = getattr(decoded.video or decoded.reference, "fps", None)
         prompt = None if job.prompt is None else job.prompt.text
-        for name in job.metrics:
-            metric = self.metrics.get(name)
-            if metric is None:
-                continue
-            if metric.needs_prompt and prompt is None:
-                found.skipped[name] = "its prompt is not known"
-                continue
-            try:
-                if isinstance(metric, VideoSetMetric):
-                    if reference is None and job.reference is not None and decoded.why:
-                        found.skipped[name] = decoded.why
-                    if video is not None or reference is not None:
-                        metric.update(video, reference, prompt=prompt, fps=fps)
-                        found.states[name] = _to_cpu(metric.metric_state)
-                elif isinstance(metric, VideoMetric) and video is not None:
-                    if metric.needs_reference and reference is None:
-                        found.skipped[name] = decoded.why
-                        continue
-                    metric.update(video, reference, prompt=prompt, fps=fps)
-                    value, weight = metric.per_video[-1], float(metric.weight(video))
-                    if math.isnan(value):
-                        found.skipped[name] = NOT_A_NUMBER
-                    else:
-                        found.values[name] = (value, weight)
-            except ValueError as error:  # a video this metric does not take, such as one frame
-                found.skipped[name] = str(error)
-            finally:
-                metric.reset()
+        frames = _Frames(video, reference, fps, prompt, decoded.why)
+        metrics = {name: self.metrics[name] for name in job.metrics if name in self.metrics}
+        each = map if self._threads is None else self._threads.map
+        outcomes = each(functools.partial(_measure_one, job=job, frames=frames), metrics.values())
+        for name, outcome in zip(metrics, outcomes, strict=True):
+            if outcome.skipped is not None:
+                found.skipped[name] = outcome.skipped
+            if outcome.value is not None:
+                found.values[name] = outcome.value
+            if outcome.state is not None:
+                found.states[name] = outcome.state
         return found
+
+
+@dataclass(frozen=True)
+class _Frames:
+    """What a metric is given of a video; `why`: what is wrong with the reference."""
+
+    video: Tensor | None
+    reference: Tensor | None
+    fps: float | None
+    prompt: str | None
+    why: str
+
+
+@dataclass
+class _Outcome:
+    """What a metric says of a video: (value, weight), a state, or why not."""
+
+    value: tuple[float, float] | None = None
+    state: Any = None
+    skipped: str | None = None
+
+
+def _measure_one(metric: EvalMetric, *, job: Job, frames: _Frames) -> _Outcome:
+    outcome = _Outcome()
+    video, reference = frames.video, frames.reference
+    if metric.needs_prompt and frames.prompt is None:
+        outcome.skipped = "its prompt is not known"
+        return outcome
+    try:
+        if isinstance(metric, VideoSetMetric):
+            if reference is None and job.reference is not None and frames.why:
+                outcome.skipped = frames.why
+            if video is not None or reference is not None:
+                metric.update(video, reference, prompt=frames.prompt, fps=frames.fps)
+                outcome.state = _to_cpu(metric.metric_state)
+        elif isinstance(metric, VideoMetric) and video is not None:
+            if metric.needs_reference and reference is None:
+                outcome.skipped = frames.why
+                return outcome
+            metric.update(video, reference, prompt=frames.prompt, fps=frames.fps)
+            value, weight = metric.per_video[-1], float(metric.weight(video))
+            if math.isnan(value):
+                outcome.skipped = NOT_A_NUMBER
+            else:
+                outcome.value = (value, weight)
+    except ValueError as error:  # a video this metric does not take, such as one frame
+        outcome.skipped = str(error)
+    finally:
+        metric.reset()
+    return outcome
 
 
 def _decode(path: Path | None) -> tuple[Video | None, str | None]:

@@ -80,7 +80,7 @@ def write_results(
     command: Sequence[str] | None = None,
     root: Path = RESULTS,
 ) -> Path:
-    """Write the measurements of one run to a file of their own.
+    """Write the measurements of one run to a file of their own, which replaces none.
 
     Args:
         benchmark: folder under `root`.
@@ -88,12 +88,20 @@ def write_results(
         seed, command: see `provenance`.
 
     Returns:
-        The file. A later run of the same day, device and commit replaces it.
+        The file.
     """
     head = provenance(seed, command)
-    path = root / benchmark / f"{_stem(head)}.jsonl"
+    path = _new_path(root / benchmark, _stem(head))
     lines = [{"provenance": head}, *rows]
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def _new_path(folder: Path, stem: str) -> Path:
+    path, number = folder / f"{stem}.jsonl", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}.jsonl"
     return path
 
 
@@ -120,11 +128,7 @@ class ResultsFile:
     ) -> None:
         self._head = provenance(seed, command)
         stem = _stem(self._head) + (f"-{label}" if label else "")
-        self.path = root / benchmark / f"{stem}.jsonl"
-        number = 1
-        while self.path.exists():
-            number += 1
-            self.path = root / benchmark / f"{stem}-{number}.jsonl"
+        self.path = _new_path(root / benchmark, stem)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one measurement."""

@@ -1,5 +1,6 @@
 """The table and the figure of the end-to-end benchmark, from made-up rows."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,18 @@ def test_times_are_compared_with_those_of_the_same_task_alone(tmp_path: Path) ->
     assert (sla[5], sla[7], sla[9]) == ("- / -",) * 3
     assert cudnn[6] == "failed"
     assert by_mode["cuDNN attention", "compiled"][4:6] == ["600", "- / 1.00"]
+
+
+def test_each_gpu_has_a_part_the_most_measured_one_first(tmp_path: Path) -> None:
+    keep(tmp_path, every_row())
+    path = keep(tmp_path, [made_up("sla", "step")])
+    head, *rows = path.read_text().splitlines()
+    provenance = json.loads(head)["provenance"] | {"device": "B9"}
+    path.write_text("\n".join([json.dumps({"provenance": provenance}), *rows]))
+    parts = tables.end_to_end(tmp_path).split("B9:\n")
+    assert [len(lines_of(part)) for part in parts] == [2 + 3, 2 + 1]
+    assert lines_of(parts[1])[2][5] == "- / -", "times of two GPUs do not compare"
+    assert len(figure6b.bars(tmp_path)) == 3
 
 
 def test_rows_of_a_cpu_do_not_count(tmp_path: Path) -> None:

@@ -77,6 +77,15 @@ def test_still_pictures_do_not_move() -> None:
     assert value(WarpingError(), still) < 1e-10
 
 
+def test_both_ways_to_a_window_s_mean_agree() -> None:
+    """The one of a CPU and the one of a GPU."""
+    images = torch.rand(2, 3, 9, 12)
+    shifted, size = flows._shifted_mean(images), 2 * flows._RADIUS + 1
+    pooled = F.avg_pool2d(images, size, 1, flows._RADIUS, count_include_pad=False)
+    torch.testing.assert_close(shifted, pooled)
+    torch.testing.assert_close(flows._window_mean(images), shifted)
+
+
 def test_warp_undoes_the_flow_and_knows_the_edges() -> None:
     before = torch.arange(20.0).view(1, 1, 4, 5)
     flow = torch.zeros(1, 2, 4, 5)

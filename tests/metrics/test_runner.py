@@ -30,6 +30,7 @@ from torchmetrics.utilities import dim_zero_cat
 from sla.data.video import write_video
 
 CLASSES = {name: metric_class(name) for name in ("psnr", "ssim", "temporal_flickering")}
+FLOWS = {name: metric_class(name) for name in ("flow_magnitude", "warping_error")}
 
 
 class MeanDistance(VideoSetMetric):
@@ -179,17 +180,20 @@ def test_processes_and_order_never_change_a_score(sets: tuple[list[Path], list[P
 
 def test_threads_ahead_of_a_device_give_the_same(sets: tuple[list[Path], list[Path]]) -> None:
     """The way of a GPU, computing on the CPU."""
+    classes = CLASSES | FLOWS
     videos, references = sets
-    expected = score_videos(videos, CLASSES, references=by_name(references))
-    jobs = [Job(v, by_name(references).get(v.name), None, tuple(CLASSES)) for v in videos]
-    for threads in (1, 3):
+    expected = score_videos(videos, classes, references=by_name(references))
+    jobs = [Job(v, by_name(references).get(v.name), None, tuple(classes)) for v in videos]
+    for threads, side_by_side in ((1, False), (3, True)):
         with sla_eval.runner.one_thread():
-            scorer = Scorer(CLASSES, torch.device("cpu"))
+            scorer = Scorer(classes, torch.device("cpu"), side_by_side=side_by_side)
             found = list(sla_eval.runner._with_decoding_threads(jobs, scorer, threads))
         assert [scored.job.name for scored in found] == [path.name for path in videos]
         for scored in found:
             name = scored.job.name
             assert (scored.unreadable is not None) == (name == "4.mp4")
+            has = {metric for metric, of in expected.values.items() if name in of}
+            assert set(scored.values) == has
             for metric, (value, _) in scored.values.items():
                 assert value == expected.values[metric][name]
 

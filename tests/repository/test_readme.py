@@ -106,7 +106,8 @@ def test_everything_named_in_the_text_exists(page: str) -> None:
             assert {word for word in words[1:] if "=" not in word} <= targets, span
         elif words[0] == "python" and words[2] in ("sla", "sla.benchmark") and len(words) > 3:
             known = choices(build_parser()) if words[2] == "sla" else set(BENCHMARKS)
-            assert words[3] in known or not words[3].islower(), span
+            command = next(word for word in words[3:] if not word.startswith("--"))
+                assert command in known or not command.islower(), span
         elif re.fullmatch(r"(src|kernels|eval|configs|tests|docs|assets)/[\w./-]+", span):
             assert (ROOT / span).exists(), span
 

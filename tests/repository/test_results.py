@@ -68,6 +68,11 @@ def test_a_file_grows_and_never_replaces_another(tmp_path: Path) -> None:
     assert len(read_results(first.path).rows) == 2
 
 
+def test_runs_of_one_commit_and_day_do_not_replace_each_other(tmp_path: Path) -> None:
+    first, second = (write_results("speed", [{"ms": ms}], root=tmp_path) for ms in (1.0, 2.0))
+    assert [read_results(path).rows for path in (first, second)] == [[{"ms": 1.0}], [{"ms": 2.0}]]
+
+
 def test_newest_rows_come_from_all_files_of_a_device(tmp_path: Path) -> None:
     folder = tmp_path / "speed"
     folder.mkdir()

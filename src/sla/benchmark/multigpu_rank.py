@@ -193,6 +193,8 @@ def _infer(options: argparse.Namespace) -> None:
             if mode == "compiled":
                 compile_blocks(model.blocks)
             for what in ("step", "generation"):
+                # Else sizes that differ from an earlier call's become variable, and kernels slower.
+                torch._dynamo.reset()
                 call = e2e.make_step(
                     model,
                     partial(e2e.forward, model),

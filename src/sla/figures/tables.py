@@ -29,6 +29,7 @@ from sla.figures.paper import (
 from sla.results import (
     RESULTS,
     Measurement,
+    Results,
     read_all,
     read_newest_per_device,
     read_newest_rows,
@@ -87,8 +88,21 @@ def update_readme(path: Path, *, check: bool = False, root: Path = RESULTS) -> b
 
 
 def finetune(root: Path = RESULTS) -> str:
-    """What `make finetune` measured, a column a device."""
-    columns = read_newest_per_device("finetune", root)
+    """What `make finetune` measured of the demo, a column a device."""
+    return _finetune("finetune-demo", root)
+
+
+def finetune_wan(root: Path = RESULTS) -> str:
+    """What it measured of Wan2.1-1.3B."""
+    return _finetune("finetune-wan2.1-1.3b", root)
+
+
+def _finetune(run: str, root: Path) -> str:
+    newest: dict[str, Results] = {}
+    for results in read_all("finetune", root):
+        if results.rows[0]["name"] == run:
+            newest.setdefault(results.provenance["device"], results)
+    columns = list(newest.values())
     if not columns:
         return "(no record yet: `make finetune RECORD=1`)"
     rows: list[tuple[str, Callable[[dict[str, float]], str]]] = [
@@ -256,8 +270,20 @@ def attention_methods(root: Path = RESULTS) -> str:
 
 
 def end_to_end(root: Path = RESULTS) -> str:
-    """Wan2.1 with random weights on a GPU: a denoising step, a training step, a generation."""
-    rows = end_to_end_rows(root)
+    """Wan2.1 with random weights on each GPU: a denoising step, a training step, a generation."""
+    return _a_part_each(_end_to_end, root)
+
+
+def _a_part_each(write: Callable[[list[Measurement]], str], root: Path) -> str:
+    """Devices one below the other, each named, as their times do not compare."""
+    parts = {device: write(rows) for device, rows in end_to_end_by_device(root).items()}
+    parts = {device: part for device, part in parts.items() if part}
+    if not parts:
+        return "(no record yet: `make bench-e2e ARGS=--record` on a GPU)"
+    return "\n\n".join(f"{device}:\n\n{part}" for device, part in parts.items())
+
+
+def _end_to_end(rows: list[Measurement]) -> str:
     by = {tuple(m.row[name] for name in ("size", "method", "mode", "what")): m for m in rows}
     head = ["model", "method", "blocks", "mode"]
     for what in ("denoising step, ms", "training step, ms", "generation, s"):
@@ -290,7 +316,7 @@ def end_to_end(root: Path = RESULTS) -> str:
         used += [m for m in of_line.values() if m is not None]
     decoders = [m for m in rows if m.row["what"] == "decode" and m.row["ms_median"]]
     if not body and not decoders:
-        return "(no record yet: `make bench-e2e ARGS=--record` on a GPU)"
+        return ""
     parts = [_markdown(head, body)] if body else []
     parts += [
         f"The autoencoder's decoder at {m.row['size']}'s size: {m.row['ms_median'] / 1e3:.2f} s."
@@ -302,7 +328,10 @@ def end_to_end(root: Path = RESULTS) -> str:
 
 def end_to_end_summary(root: Path = RESULTS) -> str:
     """A line a method of `end_to_end`: each task compiled, or eager where that is all there is."""
-    rows = end_to_end_rows(root)
+    return _a_part_each(_end_to_end_summary, root)
+
+
+def _end_to_end_summary(rows: list[Measurement]) -> str:
     by = {tuple(m.row[name] for name in ("size", "method", "mode", "what")): m for m in rows}
     head = ["model", "method"]
     for what in ("denoising step, ms", "training step, ms", "generation, s"):
@@ -322,7 +351,7 @@ def end_to_end_summary(root: Path = RESULTS) -> str:
             if any(line[2:]):
                 body.append(line)
     if not body:
-        return "(no record yet: `make bench-e2e ARGS=--record` on a GPU)"
+        return ""
     sources = {m.source.path: m.source for m in used}
     return f"{_markdown(head, body)}\n\n{_origin(list(sources.values()))}"
 
@@ -459,13 +488,14 @@ def gpu_rows(root: Path = RESULTS) -> list[Measurement]:
     return []
 
 
-def end_to_end_rows(root: Path = RESULTS) -> list[Measurement]:
-    """Newest bfloat16 rows of the end-to-end benchmark on the GPU that was measured last."""
-    for rows in read_newest_rows("e2e", END_TO_END_IDENTITY, root).values():
-        found = [m for m in rows if m.row["device"] == "cuda" and m.row["dtype"] == "bfloat16"]
-        if found:
-            return found
-    return []
+def end_to_end_by_device(root: Path = RESULTS) -> dict[str, list[Measurement]]:
+    """GPU to its newest bfloat16 rows of the end-to-end benchmark; the most measured GPU first."""
+    found = {
+        device: [m for m in rows if m.row["device"] == "cuda" and m.row["dtype"] == "bfloat16"]
+        for device, rows in read_newest_rows("e2e", END_TO_END_IDENTITY, root).items()
+    }
+    order = sorted(found, key=lambda device: len(found[device]), reverse=True)
+    return {device: found[device] for device in order if found[device]}
 
 
 def is_at(row: Row, shape: tuple[int, int, int, int]) -> bool:
@@ -572,6 +602,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "end_to_end": end_to_end,
     "end_to_end_summary": end_to_end_summary,
     "finetune": finetune,
+    "finetune_wan": finetune_wan,
     "kernels_cpu": kernels_cpu,
     "kernels_gpu": kernels_gpu,
     "kernels_lengths": kernels_lengths,
