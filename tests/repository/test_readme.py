@@ -107,7 +107,7 @@ def test_everything_named_in_the_text_exists(page: str) -> None:
         elif words[0] == "python" and words[2] in ("sla", "sla.benchmark") and len(words) > 3:
             known = choices(build_parser()) if words[2] == "sla" else set(BENCHMARKS)
             command = next(word for word in words[3:] if not word.startswith("--"))
-                assert command in known or not command.islower(), span
+            assert command in known or not command.islower(), span
         elif re.fullmatch(r"(src|kernels|eval|configs|tests|docs|assets)/[\w./-]+", span):
             assert (ROOT / span).exists(), span
 
