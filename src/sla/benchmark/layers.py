@@ -122,6 +122,10 @@ def _projections(draw: Draw, s: Sizes) -> Piece:
         "joined in a step": lambda: F.linear(hidden, torch.cat(weights), torch.cat(biases)).chunk(
             3, dim=-1
         ),
+        **_autotuned(
+            lambda hidden: [F.linear(hidden, w, b) for w, b in zip(weights, biases, strict=True)],
+            hidden,
+        ),
     }
     return Piece(ways, flops=6.0 * s.tokens * s.dim**2)
 
@@ -135,6 +139,20 @@ def _feed_forward(draw: Draw, s: Sizes) -> Piece:
     ways: dict[str, Callable[[], object]] = {
         "epilogue": partial(linear_gelu, hidden, weight, bias),
         "compiled": partial(_compiled(plain), hidden),
+        **_autotuned(plain, hidden),
+    }
+    return Piece(ways, flops=2.0 * s.tokens * s.dim * s.ffn_dim)
+
+
+def _feed_forward_out(draw: Draw, s: Sizes) -> Piece:
+    hidden, weight, bias = draw(1, s.tokens, s.ffn_dim), draw(s.dim, s.ffn_dim), draw(s.dim)
+
+    def plain(hidden: Tensor) -> Tensor:
+        return F.linear(hidden, weight, bias)
+
+    ways: dict[str, Callable[[], object]] = {
+        "product": partial(plain, hidden),
+        **_autotuned(plain, hidden),
     }
     return Piece(ways, flops=2.0 * s.tokens * s.dim * s.ffn_dim)
 
@@ -164,12 +182,23 @@ PIECES: dict[str, Callable[[Draw, Sizes], Piece]] = {
     "norm_rotary": _norm_rotary,
     "projections": _projections,
     "feed_forward": _feed_forward,
+    "feed_forward_out": _feed_forward_out,
     "cross_attention": _cross_attention,
 }
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, options={"coordinate_descent_tuning": True})
+def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    tuned = {"coordinate_descent_tuning": True, **options}
+    return torch.compile(function, fullgraph=True, options=tuned)
+
+
+def _autotuned(
+    function: Callable[[Tensor], object], hidden: Tensor
+) -> dict[str, Callable[[], object]]:
+    """On a GPU one more way: Inductor's choice between cuBLAS and Triton's products."""
+    if not hidden.is_cuda:
+        return {}
+    return {"autotuned": partial(_compiled(function, max_autotune_gemm=True), hidden)}
 
 
 @torch.no_grad()

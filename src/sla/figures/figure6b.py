@@ -21,7 +21,11 @@ _NAMES = {
     "sla-64x64": "SLA\n64x64",
     "sla2": "SLA2",
 }
-_MODES = {"compiled": "compiled", "graph": "compiled,\nCUDA graph"}
+_MODES = {
+    "compiled": "compiled",
+    "autotuned": "compiled,\nautotuned",
+    "graph": "compiled,\nCUDA graph",
+}
 _COLOURS = {"attention": "tab:red", "the rest": "tab:gray"}
 
 
@@ -59,7 +63,7 @@ def _bars(measured: list[Measurement]) -> dict[str, Bar]:
     most = max((m.row["steps"] for m in rows if m.row["what"] == "generation"), default=0)
     drawn: dict[str, Bar] = {}
     for method, name in _NAMES.items():
-        for mode in ("eager", "compiled", "graph"):
+        for mode in ("eager", *_MODES):
             whole = found.get(("generation", method, mode))
             eager = found.get(("step", method, "eager"))
             if whole is None or whole.row["steps"] != most:

@@ -60,7 +60,11 @@ class FusedGELU(nn.Module):
 
 
 def compile_blocks(
-    blocks: Iterable[nn.Module], *, fullgraph: bool = False, tune: bool = False
+    blocks: Iterable[nn.Module],
+    *,
+    fullgraph: bool = False,
+    tune: bool = False,
+    tune_products: bool = False,
 ) -> None:
     """torch.compile a model's layers one by one, in place: they share one compilation.
 
@@ -70,9 +74,15 @@ def compile_blocks(
         tune: coordinate descent over the launch sizes of Inductor's own kernels, norms above all.
             It takes some seconds once and 2 % off a denoising step of Wan; of a training step it
             takes minutes.
+        tune_products: choose between cuBLAS's and Triton's matrix products by measuring.
     """
+    options = {
+        **_SAFE,
+        "coordinate_descent_tuning": tune,
+        "max_autotune_gemm": tune_products,
+    }
     for block in blocks:
-        block.compile(fullgraph=fullgraph, options={**_SAFE, "coordinate_descent_tuning": tune})
+        block.compile(fullgraph=fullgraph, options=options)
 
 
 class CUDAGraphed:

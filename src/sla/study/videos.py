@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,18 +153,20 @@ def score(
         metrics: names of `sla_eval` metrics.
         fps: for those that ask for it.
         evaluator: the network and the features of real held-out clips, or None.
+        device: where they compute.
     """
+
+    def one(video: Videos, other: Videos, prompt: Prompt, name: str) -> float:
+        metric = build_metric(name).to(device)
+        assert isinstance(metric, VideoMetric)  # `check_metrics`
+        metric.update(_tchw(video, device), _tchw(other, device), prompt=prompt.text, fps=fps)
+        return metric.per_video[0]
+
     rows = []
-    with ThreadPoolExecutor(8) as pool:  # the GPU waits meanwhile
+    # A GPU gets the videos one by one; a CPU's cores one each.
+    with ThreadPoolExecutor(8 if device.type == "cpu" else 1) as pool:
         for name in metrics:
-
-            def one(video: Videos, other: Videos, prompt: Prompt, name: str = name) -> float:
-                metric = build_metric(name)
-                assert isinstance(metric, VideoMetric)  # `check_metrics`
-                metric.update(_tchw(video), _tchw(other), prompt=prompt.text, fps=fps)
-                return metric.per_video[0]
-
-            values = list(pool.map(one, videos, reference, prompts))
+            values = list(pool.map(partial(one, name=name), videos, reference, prompts))
             rows.append(measurement(step, name, values))
     if evaluator is not None:
         network, real = evaluator
@@ -177,5 +180,5 @@ def score(
     return rows
 
 
-def _tchw(video: Videos) -> Tensor:
-    return torch.from_numpy(video).permute(0, 3, 1, 2)
+def _tchw(video: Videos, device: torch.device) -> Tensor:
+    return torch.from_numpy(video).permute(0, 3, 1, 2).to(device)
