@@ -13,7 +13,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from sla.attention import SLAConfig
+from sla.attention import FullConfig, LinearPlusSparseConfig, SLA2Config, SLAConfig
 from sla.config import load_experiment
 from sla.models.diffusers_model import DiffusersVideoModel
 from sla.models.wan import WAN_CONFIGS, build_wan
@@ -22,6 +22,7 @@ from sla.training.memory import (
     MemorySettings,
     ParameterCounts,
     TransformerShape,
+    attention_bytes,
     block_table_bytes,
     check_memory,
     check_run,
@@ -184,6 +185,18 @@ def test_counts_of_a_module() -> None:
 def test_tables_of_the_kernels() -> None:
     # 4 x 8 blocks, 2 critical in each row of 8: labels, two numbers of blocks and a count
     assert block_table_bytes(3, 256, 64, 32, 0.25) == 3 * 4 * (8 + 2 * 4 + 4)
+
+
+def test_methods_of_two_branches_keep_both_outputs() -> None:
+    blocks = {"block_q": 64, "block_kv": 32, "critical": 0.25}
+    tables = block_table_bytes(3, 256, 64, 32, 0.25)
+    for config, outputs in (
+        (SLAConfig(**blocks), 0),
+        (SLA2Config(**blocks), 2),
+        (LinearPlusSparseConfig(**blocks), 2),
+    ):
+        assert attention_bytes(config, 3, 16, 256, 2) == tables + outputs * 3 * 16 * 256 * 2
+    assert attention_bytes(FullConfig(), 3, 16, 256, 2) == 0
 
 
 def test_a_run_that_fits_passes_and_one_that_may_is_tried(

@@ -6,6 +6,7 @@ Paper sections and equations refer to arXiv 2509.24006. Fractions are of the key
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass
@@ -68,7 +69,10 @@ class BlockSparseConfig(AttentionConfig):
         block_q: queries in a block, b_q.
         block_kv: keys in a block, b_kv.
         backend: backend of the operator; `auto` takes the fastest that supports the inputs.
+        branch_outputs: how many outputs of branches training keeps beside the method's own.
     """
+
+    branch_outputs: ClassVar[int] = 0
 
     critical: float = 0.05
     block_q: int = 64
@@ -112,6 +116,8 @@ class LinearPlusSparseConfig(BlockSparseConfig):
             a sparsity of 90 %.
         feature_map: feature map phi of the linear part: `softmax`, `elu+1`, `relu` or `hedgehog`.
     """
+
+    branch_outputs: ClassVar[int] = 2
 
     name: str = "linear_plus_sparse"
     critical: float = 0.10
@@ -185,6 +191,8 @@ class SLA2Config(BlockSparseConfig):
         precision: forward of the sparse branch: `16bit`, the dtype of the inputs, or `fp8`, with
             Q, K and V rounded to FP8 (the paper: INT8 and FP8). The backward is never rounded.
     """
+
+    branch_outputs: ClassVar[int] = 2
 
     name: str = "sla2"
     block_q: int = 128

@@ -44,7 +44,7 @@ from sla.models.testing import tiny_wan_autoencoder
 from sla.models.wan import WAN_CONFIGS, build_wan
 from sla.training.memory import (
     MemorySettings,
-    attention_table_bytes,
+    attention_bytes,
     estimate_memory,
     parameters_of,
     wan_shape,
@@ -294,7 +294,9 @@ def estimate(
         keep_gradients=False,
         checkpointing=options.checkpointing,
         compiled=mode != "eager",
-        attention_bytes=attention_table_bytes(arm.config, shape.heads, tokens),
+        attention_bytes=attention_bytes(
+            arm.config, shape.heads, shape.width // shape.heads, tokens, dtype.itemsize
+        ),
     )
     return estimate_memory(shape, parameters_of(model), settings).total
 

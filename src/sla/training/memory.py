@@ -379,12 +379,14 @@ def estimate_run(
     shape = wan_shape(
         experiment.model.size, math.ceil(tokens / ranks), experiment.model.text_tokens
     )
-    tables = attention_table_bytes(model.attention_config, max(1, shape.heads // ranks), tokens)
+    compute_bytes = 4 if "32" in trainer.precision else 2
+    head_dim, heads = shape.width // shape.heads, max(1, shape.heads // ranks)
+    kept = attention_bytes(model.attention_config, heads, head_dim, tokens, compute_bytes)
     parameters = parameters_of(model)
     teacher = parameters.total if experiment.flow.target == "teacher" else 0
     settings = MemorySettings(
         batch=experiment.data.batch_size,
-        compute_bytes=4 if "32" in trainer.precision else 2,
+        compute_bytes=compute_bytes,
         accumulate=optim.accumulate,
         average=optim.ema_decay > 0,
         teacher_parameters=teacher,
@@ -394,7 +396,7 @@ def estimate_run(
             trainer.strategy, "ddp" if gpus > 1 else "single"
         ),
         gpus=gpus,
-        attention_bytes=tables,
+        attention_bytes=kept,
     )
     return estimate_memory(shape, parameters, settings)
 
@@ -413,12 +415,16 @@ def wan_shape(size: str, tokens: int, text_tokens: int) -> TransformerShape:
     )
 
 
-def attention_table_bytes(attention: AttentionConfig, heads: int, tokens: int) -> int:
-    """`block_table_bytes` of a method; 0 for one that does not route over blocks."""
+def attention_bytes(
+    attention: AttentionConfig, heads: int, head_dim: int, tokens: int, compute_bytes: int
+) -> int:
+    """What a layer's method keeps of a sample beside exact attention's tensors: the tables of its
+    blocks, and its branches' outputs; 0 for one that does not route over blocks."""
     if not isinstance(attention, BlockSparseConfig):
         return 0
     blocks = (attention.block_q, attention.block_kv, attention.critical)
-    return block_table_bytes(heads, tokens, *blocks)
+    outputs = attention.branch_outputs * heads * head_dim * tokens * compute_bytes
+    return block_table_bytes(heads, tokens, *blocks) + outputs
 
 
 def block_table_bytes(heads: int, tokens: int, block_q: int, block_kv: int, critical: float) -> int:
