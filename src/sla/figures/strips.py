@@ -71,7 +71,7 @@ def draw_strips(
     for prompt, text in enumerate(prompts):
         axes = figure.add_subplot(below, beside, prompt + 1)
         axes.imshow(block(rows, prompt), interpolation="nearest")
-        axes.set_title(textwrap.fill(f"{prompt + 1}: {text}", max(14, 16 * columns)), fontsize=7)
+        axes.set_title(textwrap.fill(f"{prompt + 1}: {text}", max(14, 12 * columns)), fontsize=7)
         middles = [i * (height + _GAP) + height / 2 for i in range(len(rows))]
         labels = [row.label for row in rows] if prompt % beside == 0 else []
         axes.set_yticks(middles if labels else [], labels, fontsize=7)
