@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sla.figures import claims, study
+from sla.results import write_results
 from sla.study.plan import load_plan
 from sla.study.records import ACCURACY, FRECHET, StudyResults, measurement, read_records
 
@@ -98,6 +99,17 @@ def test_verdicts_follow_the_criteria(tmp_path: Path) -> None:
     write(tmp_path, "vmoba_85", 1.05)
     assert verdict(tmp_path, wins).status == claims.HOLDS
     assert "VSA: -4.2" in verdict(tmp_path, wins).numbers
+
+
+def test_attention_weights_are_those_of_the_arms_own_model(tmp_path: Path) -> None:
+    write(tmp_path, "full", 1.0, weights="ours")
+    for weights, above in (("ours", 0.09), ("the demo's", 0.5)):
+        capture = {"measure": "capture", "weights_sha256": weights}
+        whole = {"measure": "weights", "layer": None, "head": None, "timestep": None}
+        layer = {**whole, "layer": 0, "above": 0.3}
+        write_results("analysis", [capture, layer, {**whole, "above": above}], root=tmp_path)
+    found = verdict(tmp_path, "About 8 %")
+    assert (found.status, found.numbers) == (claims.HOLDS, "9.0%")
 
 
 def test_a_verdict_needs_every_seed_on_one_side(tmp_path: Path) -> None:

@@ -203,12 +203,13 @@ def _weights(field: str, holds: Callable[[float], bool]) -> Judge:
 
     def judge(records: Records, root: Path) -> Verdict:
         # Captures of other models, such as the demo's, say nothing of this one.
-        ours = {str(run.end.get("weights_sha256", ""))[:8] for run in records.runs.values()}
+        ours = {run.end.get("weights_sha256") for run in records.runs.values()} - {None}
         for results in read_all("analysis", root):
+            captured = {row.get("weights_sha256") for row in results.rows} - {None}
             for row in results.rows:
                 whole = all(row.get(name) is None for name in ("layer", "head", "timestep"))
                 whole = whole and row.get("measure") == "weights" and field in row
-                if whole and row.get("weights_sha256") in ours:
+                if whole and captured & ours:
                     value = float(row[field])
                     return Verdict(HOLDS if holds(value) else FAILS, f"{value:.1%}")
         return Verdict(MISSING)
