@@ -434,7 +434,7 @@ class Benchmark:
             "device": s.device,
             "batch": s.batch,
             "tokens": self.inputs.tokens,
-            "overrides": list(job.overrides),
+            "overrides": [text.replace(f"{self.folder}{os.sep}", "") for text in job.overrides],
             "precision": s.precision,
             "compiled": s.compile,
             "launcher": s.launcher if job.ranks > 1 else None,
