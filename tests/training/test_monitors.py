@@ -19,6 +19,7 @@ from sla.models.testing import open_branches, tiny_dit_config, tiny_text_config
 from sla.models.text import TrainedTextEncoder
 from sla.models.video_model import VideoModel
 from sla.models.wan import build_wan
+from sla.training.callbacks import _peak_flops
 from sla.training.config import OptimConfig
 from sla.training.model_flops import forward_flops
 from sla.training.module import DiffusionModule
@@ -187,3 +188,20 @@ def test_the_card_holds_every_value() -> None:
         "| optim | schedule | `cosine` |",
         "| run | name | `x` |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [
+        ("NVIDIA H200", "bf16-mixed", 989.4e12),
+        ("NVIDIA H200", "32-true", 66.9e12),
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.4e12),
+    ],
+)
+def test_peak_of_a_gpu(
+    name: str, precision: str, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    trainer: Any = SimpleNamespace(precision=precision)
+    assert _peak_flops(trainer, torch.device("cuda", 0)) == expected
+    assert _peak_flops(trainer, torch.device("cpu")) is None
