@@ -156,8 +156,7 @@ def _text_tokens(batch: Any) -> int:
     return max(len(caption.encode()) for caption in batch["caption"])
 
 
-# Not in Lightning's table, which ends with the H100; by NVIDIA's datasheet its arithmetic is that of an
-# H100 SXM. Dense products.
+# Lightning's table ends with the H100; by NVIDIA's datasheet an H200 has an H100 SXM's arithmetic.
 _H200_FLOPS = {torch.bfloat16: 989.4e12, torch.float32: 66.9e12}
 
 
