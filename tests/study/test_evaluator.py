@@ -9,14 +9,7 @@ import torch
 from sla_eval.metrics.frechet import frechet_distance
 
 from sla.data.module import DataConfig
-from sla.study.evaluator import (
-    Evaluator,
-    find,
-    load_evaluator,
-    recoloured,
-    shifted,
-    train_evaluator,
-)
+from sla.study.evaluator import Evaluator, find, load_evaluator, train_evaluator
 from sla.study.labels import read_labels, read_prompts
 from sla.study.plan import EvaluatorConfig, StudyError
 from sla.study.testing import coloured_square, write_coloured_shards
@@ -77,55 +70,6 @@ def test_it_learns_colours_and_motions_of_new_clips(root: Path) -> None:
     assert frechet_distance(alike, reference) > 10 * frechet_distance(reference, reference) + 1e-3
 
 
-def test_colours_say_nothing_of_motion_in_recoloured_clips(tmp_path: Path, root: Path) -> None:
-    config = replace(
-        CONFIG,
-        weights=str(tmp_path / "e.safetensors"),
-        shift=2,
-        recolour=1.0,
-        colour_attributes=["colour"],
-    )
-    shards = [f"{root}/test-*.tar"]
-    trained = train_evaluator(config, data(root), shards, TrainerConfig(accelerator="cpu"))
-    assert trained.accuracy["motion"].mean() == 1
-    assert trained.accuracy["colour"].mean() < 1, "it was never asked for"
-
-
-def test_shifted_clips_are_moved_as_a_whole() -> None:
-    video = torch.randn(16, 3, 2, 8, 9)
-    moved = shifted(video, 2, torch.Generator().manual_seed(0))
-    assert moved.shape == video.shape
-    places = set()
-    for clip, original in zip(moved, video, strict=True):
-        found = [
-            (y, x)
-            for y in range(-2, 3)
-            for x in range(-2, 3)
-            if torch.equal(clip[..., 2:-2, 2:-2], original[..., 2 + y : 6 + y, 2 + x : 7 + x])
-        ]
-        places.add(*found)
-    assert len(places) > 4
-
-
-def test_recoloured_clips_have_their_levels_in_other_channels() -> None:
-    video = torch.randn(64, 3, 2, 4, 4)
-    mixed = recoloured(video, torch.Generator().manual_seed(0))
-    kinds = set()
-    for clip, original in zip(mixed, video, strict=True):
-        kind = []
-        for channel in clip:
-            (source,) = [
-                (k, sign)
-                for k in range(3)
-                for sign in (1, -1)
-                if torch.equal(channel, sign * original[k])
-            ]
-            kind.append(source)
-        assert {k for k, _ in kind} == {0, 1, 2}
-        kinds.add(tuple(kind))
-    assert len(kinds) > 24
-
-
 def test_one_frame_is_a_clip_too() -> None:
     evaluator = Evaluator(CONFIG, {"colour": ["blue", "red"]})
     features, logits = evaluator(torch.zeros(2, 3, 1, 64, 64))
@@ -153,13 +97,6 @@ def test_prompts_are_spread_over_the_clips(root: Path) -> None:
 
 def test_what_cannot_be_trained_or_loaded_is_refused(root: Path, tmp_path: Path) -> None:
     wrong = replace(CONFIG, attributes=["size"], weights=str(tmp_path / "x.safetensors"))
-    for change, said in (
-        ({"recolour": 1.5}, r"evaluator.recolour is 1.5; it must be in \[0, 1\]"),
-        ({"shift": -1}, "evaluator.shift is -1"),
-        ({"colour_attributes": ["size"]}, "evaluator.colour_attributes has size"),
-    ):
-        with pytest.raises(StudyError, match=said):
-            replace(CONFIG, **change)
     with pytest.raises(StudyError, match="nothing to tell apart"):
         train_evaluator(wrong, data(root), [f"{root}/test-*.tar"], TrainerConfig())
     with pytest.raises(StudyError, match="which is no file"):

@@ -143,30 +143,6 @@ def find(
     )
 
 
-def shifted(video: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Each clip of (B, C, T, H, W) moved by up to `most` pixels; borders are repeated."""
-    height, width = video.shape[-2:]
-    padded = F.pad(video.flatten(1, 2), (most,) * 4, mode="replicate").unflatten(
-        1, video.shape[1:3]
-    )
-    places = torch.randint(0, 2 * most + 1, (len(video), 2), generator=generator).tolist()
-    moved = [
-        clip[..., y : y + height, x : x + width]
-        for clip, (y, x) in zip(padded, places, strict=True)
-    ]
-    return torch.stack(moved)
-
-
-def recoloured(video: Tensor, generator: torch.Generator) -> Tensor:
-    """Each clip of (B, 3, T, H, W), levels in [-1, 1], with its channels in another order and some
-    of them turned round: one of 48 ways."""
-    batch, channels = video.shape[:2]
-    order = torch.rand(batch, channels, generator=generator).argsort(1).to(video.device)
-    signs = torch.randint(0, 2, (batch, channels), generator=generator).to(video) * 2 - 1
-    mixed = video.gather(1, order[:, :, None, None, None].expand_as(video))
-    return mixed * signs[:, :, None, None, None]
-
-
 class _EvaluatorModule(pl.LightningModule):
     """Cross-entropy of every attribute, each of equal weight."""
 
@@ -177,13 +153,11 @@ class _EvaluatorModule(pl.LightningModule):
         self.evaluator = evaluator
         self.labels = labels
         self._nothing = dict.fromkeys(evaluator.classes)
-        self._generator = torch.Generator().manual_seed(evaluator.config.seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         of_clips = [self.labels.get(clip, self._nothing) for clip in batch["clip_id"]]
         targets = self.evaluator.targets(of_clips)
-        video = self._changed(batch["video"], targets)
-        _, logits = self.evaluator(video)
+        _, logits = self.evaluator(batch["video"])
         losses = []
         for name, target in targets.items():
             # Real clips among the simulated ones have no attributes.
@@ -195,22 +169,6 @@ class _EvaluatorModule(pl.LightningModule):
         if self.global_step % 100 == 0:
             log.info(f"evaluator, step {self.global_step}: loss {loss.item():.4f}")
         return loss
-
-    def _changed(self, video: Tensor, targets: dict[str, Tensor]) -> Tensor:
-        """Clips as the config changes them; what cannot be told any more is taken from targets."""
-        config = self.evaluator.config
-        if config.shift:
-            video = shifted(video, config.shift, self._generator)
-        if config.recolour:
-            chosen = torch.rand(len(video), generator=self._generator) < config.recolour
-            video = torch.where(
-                chosen.to(video.device)[:, None, None, None, None],
-                recoloured(video, self._generator),
-                video,
-            )
-            for name in config.colour_attributes:
-                targets[name][chosen] = -1
-        return video
 
     def configure_optimizers(self) -> Any:
         config = self.evaluator.config

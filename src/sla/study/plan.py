@@ -95,10 +95,6 @@ class EvaluatorConfig:
         width: channels of its first stage.
         features: width of its penultimate layer, whose distances are measured.
         steps, batch_size, learning_rate, weight_decay, seed: of its training (AdamW, one cycle).
-        shift: training clips are moved by at most so many pixels, at random.
-        recolour: share of training clips whose colours are mixed at random, so that no other
-            attribute is told by them; those that `colour_attributes` names are then not asked for.
-        colour_attributes: of `attributes`.
     """
 
     weights: str = ""
@@ -110,21 +106,10 @@ class EvaluatorConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     seed: int = 0
-    shift: int = 0
-    recolour: float = 0.0
-    colour_attributes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("width", "features", "steps", "batch_size"):
             _require(getattr(self, name) >= 1, f"evaluator.{name}", getattr(self, name), 1)
-        _require(self.shift >= 0, "evaluator.shift", self.shift, 0)
-        if not 0 <= self.recolour <= 1:
-            raise StudyError(f"evaluator.recolour is {self.recolour}; it must be in [0, 1]")
-        if unknown := set(self.colour_attributes) - set(self.attributes):
-            raise StudyError(
-                f"evaluator.colour_attributes has {', '.join(sorted(unknown))}, which "
-                "evaluator.attributes has not"
-            )
         if self.weights and not self.attributes:
             raise StudyError("evaluator.attributes is empty; it must name what clips' JSON holds")
 
