@@ -323,7 +323,7 @@ class Scorer:
         load: gives a network by its name; None loads from `weights_dir`. A network is loaded once
             for all metrics.
         side_by_side: whether the metrics of a video run in a thread each: on a GPU one prepares
-            frames, or follows them by OpenCV, while another's network works.
+            frames, or starts many small kernels, while another's network works.
     """
 
     def __init__(

@@ -29,7 +29,6 @@ from sla.figures.paper import (
 from sla.results import (
     RESULTS,
     Measurement,
-    Results,
     read_all,
     read_newest_per_device,
     read_newest_rows,
@@ -98,11 +97,8 @@ def finetune_wan(root: Path = RESULTS) -> str:
 
 
 def _finetune(run: str, root: Path) -> str:
-    newest: dict[str, Results] = {}
-    for results in read_all("finetune", root):
-        if results.rows[0]["name"] == run:
-            newest.setdefault(results.provenance["device"], results)
-    columns = list(newest.values())
+    by_device = read_newest_rows("finetune", ["name"], root).values()
+    columns = [m for rows in by_device for m in rows if m.row["name"] == run]
     if not columns:
         return "(no record yet: `make finetune RECORD=1`)"
     rows: list[tuple[str, Callable[[dict[str, float]], str]]] = [
@@ -116,9 +112,9 @@ def _finetune(run: str, root: Path) -> str:
         ("wall time", lambda r: f"{r['wall_seconds']:.0f} s"),
         ("peak memory", lambda r: f"{r['peak_bytes'] / 2**30:.1f} GiB"),
     ]
-    head = ["measured by us", *(c.provenance["device"] for c in columns)]
-    body = [[label, *(show(c.rows[0]) for c in columns)] for label, show in rows]
-    return f"{_markdown(head, body)}\n\n{_origin(columns)}"
+    head = ["measured by us", *(m.source.provenance["device"] for m in columns)]
+    body = [[label, *(show(m.row) for m in columns)] for label, show in rows]
+    return f"{_markdown(head, body)}\n\n{_origin([m.source for m in columns])}"
 
 
 def kernels_cpu(root: Path = RESULTS) -> str:

@@ -16,11 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# From PyTorch 2.10 on, Inductor's mix-order reductions leave the gradients of Wan's modulation
-# tables unwritten, whatever lies there, and under FSDP2 give one another shape
-# (pytorch/pytorch issues 193061 and 178080).
-_SAFE: dict[str, Any] = {"triton.mix_order_reduction": False}
-
 
 @torch.library.custom_op("sla::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -76,8 +71,11 @@ def compile_blocks(
             takes minutes.
         tune_products: choose between cuBLAS's and Triton's matrix products by measuring.
     """
-    options = {
-        **_SAFE,
+    options: dict[str, Any] = {
+        # From PyTorch 2.10 on they leave the gradients of Wan's modulation tables unwritten,
+        # whatever lies there, and under FSDP2 give one another shape (pytorch/pytorch issues 193061
+        # and 178080).
+        "triton.mix_order_reduction": False,
         "coordinate_descent_tuning": tune,
         "max_autotune_gemm": tune_products,
     }
