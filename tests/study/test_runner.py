@@ -228,6 +228,21 @@ def test_a_failing_arm_is_recorded_and_the_rest_goes_on(
     assert run(arms, tmp_path, "--retry") == 1
 
 
+def test_no_times_are_kept_of_a_shared_gpu(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "WINDOW", 1)
+    one = {"full": {"attention.name": "full", "trainer.max_steps": 3, "seeds": [0]}}
+    arms = changed(study, tmp_path, one={"arms": one})
+    found = {}
+    for folder, options in (("alone", ()), ("shared", ("--untimed",))):
+        assert run(arms, tmp_path / folder, *options) == 0
+        (found[folder],) = read_records(tmp_path / folder / "results").runs.values()
+    alone, shared = ({metric for _, metric in r.rows} for r in found.values())
+    assert alone - shared == set(TIMES)
+    assert found["alone"].key == found["shared"].key
+
+
 def test_an_arm_with_other_numbers_is_another_arm(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ def write(
     *,
     name: str = "video",
     weights: str = "w",
+    date: str = "2026-01-01",
     swapped: float = 1.0,
     spread: float = 0.0001,
 ) -> None:
@@ -43,7 +44,7 @@ def write(
             measurement(500, "attention_flops", 5e10),
             measurement(500, "attention_flops_ratio", 0.065),
         ]
-        end = {"status": "finished", "date": "2026-01-01", "weights_sha256": weights}
+        end = {"status": "finished", "date": date, "weights_sha256": weights}
         results.append([*({**common, **row} for row in rows), {**common, **end}])
 
 
@@ -124,10 +125,16 @@ def test_few_seeds_are_provisional(tmp_path: Path) -> None:
     assert str(verdict(tmp_path, "SLA at 95 % matches")) == "so far holds (1 seed)"
 
 
-def test_arms_from_other_weights_are_not_compared(tmp_path: Path) -> None:
-    write(tmp_path, "full", 1.0)
-    write(tmp_path, "sla", 1.0, weights="others")
+def test_arms_from_earlier_weights_are_named_and_not_compared(tmp_path: Path) -> None:
+    write(tmp_path, "full", 1.0, weights="old")
+    write(tmp_path, "sparge_f", 1.0, weights="old", seeds=(0,))
+    write(tmp_path, "sla", 1.0, date="2026-02-01")
     assert verdict(tmp_path, "SLA at 95 % matches").status == claims.MISSING
+    assert "| Sparge-F | (no record yet) |" in study.TABLES["study_1"](tmp_path)
+    text = study.TABLES["study_arms"](tmp_path)
+    assert "| main | sla |" in text
+    assert "| main | full |" not in text
+    assert "full (seed 2), sparge_f (seed 0); their rows are in results/study/" in text
 
 
 def test_all_arms_and_failures_are_listed(tmp_path: Path) -> None:

@@ -111,6 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     arms.add_argument("--out", type=Path, default=Path("results"), help="results folder")
     arms.add_argument("--runs", type=Path, default=Path("runs/study"), help="unfinished runs")
     arms.add_argument("--retry", action="store_true", help="run again what had failed")
+    arms.add_argument(
+        "--untimed", action="store_true", help="no times of steps: other processes share the GPU"
+    )
     arms.add_argument("--list", action="store_true", help="say what is missing, run nothing")
     arms.set_defaults(run=_study)
 
@@ -337,6 +340,7 @@ def _study(options: argparse.Namespace) -> int:
         out=options.out,
         runs=options.runs,
         retry=options.retry,
+        timed=not options.untimed,
         listing=options.list,
     )
 

@@ -34,6 +34,7 @@ def run(
     out: Path = Path("results"),
     runs: Path = Path("runs/study"),
     retry: bool = False,
+    timed: bool = True,
     listing: bool = False,
 ) -> int:
     """Run what is missing of a study; returns 1 if an arm failed now.
@@ -46,6 +47,7 @@ def run(
         out: the results folder, read for what is finished and written.
         runs: folder of unfinished runs.
         retry: run again what had failed.
+        timed: record the times of steps.
         listing: print what there is and what is missing, run nothing.
 
     Raises:
@@ -56,7 +58,7 @@ def run(
     number, total = share
     jobs = plan.jobs(arms, groups, seeds)  # mistakes of any arm are said before any is run
     jobs = jobs[number - 1 :: total]
-    runner = Runner(plan, runs)
+    runner = Runner(plan, runs, timed=timed)
     records = read_records(out)
     if listing:
         _list(jobs, runner, records)

@@ -116,10 +116,7 @@ def _pairs(records: Records, study: str, arm: str, reference: str, step: int | N
     ours, theirs = ({run.seed: run for run in records.of(study, a)} for a in (arm, reference))
     values: _Pairs = {}
     for seed in sorted(ours.keys() & theirs.keys()):
-        run, other = ours[seed], theirs[seed]
-        if run.end.get("weights_sha256") != other.end.get("weights_sha256"):
-            continue  # they did not start from the same model
-        a, b = run.values("val_loss", step), other.values("val_loss", step)
+        a, b = ours[seed].values("val_loss", step), theirs[seed].values("val_loss", step)
         if a is None or b is None or a.shape != b.shape:
             return {}
         values[seed] = (a, b)
@@ -203,7 +200,7 @@ def _weights(field: str, holds: Callable[[float], bool]) -> Judge:
 
     def judge(records: Records, root: Path) -> Verdict:
         # Captures of other models, such as the demo's, say nothing of this one.
-        ours = {run.end.get("weights_sha256") for run in records.runs.values()} - {None}
+        ours = {run.end.get("weights_sha256") for run in records.comparable(VIDEO)} - {None}
         for results in read_all("analysis", root):
             captured = {row.get("weights_sha256") for row in results.rows} - {None}
             for row in results.rows:

@@ -117,6 +117,14 @@ def all_arms(root: Path = RESULTS) -> str:
         text = f"{study}:\n\n{markdown(['group', *_head(study)], body)}" if body else f"{study}:"
         for (_, arm, _, seed), reason in failed.items():
             text += f"\n\n{arm}, seed {seed}: failed, {reason}"
+        earlier = sorted(records.superseded(study), key=lambda run: (run.arm, run.seed))
+        if earlier:
+            names = ", ".join(f"{run.arm} (seed {run.seed})" for run in earlier)
+            files = dict.fromkeys(f"results/study/{run.source.path.name}" for run in earlier)
+            text += (
+                "\n\nNot here, as they began from earlier weights or were judged by an earlier "
+                f"evaluator: {names}; their rows are in {', '.join(files)}."
+            )
         parts.append(f"{text}\n\n{_legend(records, study)}\n\n{_origin(used)}")
     if not parts:
         return _no_record("")

@@ -96,6 +96,11 @@ class Run:
         return (self.study, self.arm, self.digest, self.seed)
 
     @property
+    def origin(self) -> tuple[Any, Any]:
+        """Digests of the weights it began from and of the evaluator that judged its videos."""
+        return (self.end.get("weights_sha256"), self.end.get("evaluator_sha256"))
+
+    @property
     def last(self) -> int:
         """The last step measured."""
         return max((step for step, _ in self.rows), default=0)
@@ -127,10 +132,10 @@ class Records:
 
     def of(self, study: str, arm: str) -> list[Run]:
         """The finished runs of an arm's newest numbers, by seed: those that may be averaged."""
-        found = [run for run in self.runs.values() if (run.study, run.arm) == (study, arm)]
+        found = [run for run in self.comparable(study) if run.arm == arm]
         if not found:
             return []
-        newest = max(found, key=lambda run: str(run.end.get("date", "")))
+        newest = max(found, key=_date)
         return sorted((r for r in found if r.digest == newest.digest), key=lambda r: r.seed)
 
     def studies(self) -> list[str]:
@@ -138,8 +143,23 @@ class Records:
         return list(dict.fromkeys(run.study for run in self.runs.values()))
 
     def arms(self, study: str) -> list[str]:
-        """Names of the arms that have a finished run, in the order of the files."""
-        return list(dict.fromkeys(run.arm for run in self.runs.values() if run.study == study))
+        """Names of the arms that `of` has runs of, in the order of the files."""
+        return list(dict.fromkeys(run.arm for run in self.comparable(study)))
+
+    def comparable(self, study: str) -> list[Run]:
+        """The runs that began from, and were judged by, the same weights as the newest one."""
+        runs = [run for run in self.runs.values() if run.study == study]
+        newest = max(runs, key=_date, default=None)
+        return [run for run in runs if newest is not None and run.origin == newest.origin]
+
+    def superseded(self, study: str) -> list[Run]:
+        """The runs that are not `comparable`: of earlier weights."""
+        kept = {run.key for run in self.comparable(study)}
+        return [r for r in self.runs.values() if r.study == study and r.key not in kept]
+
+
+def _date(run: Run) -> str:
+    return str(run.end.get("date", ""))
 
 
 def read_records(root: Path = RESULTS) -> Records:

@@ -92,14 +92,16 @@ class Runner:
     Args:
         plan: the study.
         runs: folder of the runs' states.
+        timed: record the times of steps; False where the GPU is shared with other processes.
 
     Raises:
         StudyError: weights, evaluator, prompts or metrics that are not there; says what would do.
     """
 
-    def __init__(self, plan: Plan, runs: Path = Path("runs/study")) -> None:
+    def __init__(self, plan: Plan, runs: Path = Path("runs/study"), *, timed: bool = True) -> None:
         self.plan = plan
         self.runs = runs
+        self.timed = timed
         try:
             self.weights = join(Path(plan.base_experiment().run.init_weights))
         except StudyError as error:
@@ -257,7 +259,7 @@ class Runner:
             resumed = None if stored is None else str(folder.checkpoint)
             del stored
             trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=False)
-            if curve.step_ms is not None:
+            if self.timed and curve.step_ms is not None:
                 rows.add([measurement(last, "train_step_ms", curve.step_ms)])
             if device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated() / 2**30
@@ -355,7 +357,7 @@ class Runner:
             self.evaluator,
             device,
         )
-        if sampled.step_ms is not None:
+        if self.timed and sampled.step_ms is not None:
             rows.append(measurement(step, "denoise_step_ms", sampled.step_ms))
         return rows, sampled.videos
 
