@@ -22,7 +22,7 @@ from sla.benchmark import timing
 from sla.benchmark.e2e import LATENTS, TEXT_TOKENS
 from sla.benchmark.kernels import SEED, quantiles
 from sla.benchmark.recording import add_options, results_file
-from sla.models.fusion import linear_gelu
+from sla.models.fusion import PRODUCT_OPTIONS, linear_gelu
 from sla.models.wan import rotate
 from sla.models.wan_sizes import WAN_CONFIGS
 
@@ -146,12 +146,15 @@ def _feed_forward(draw: Draw, s: Sizes) -> Piece:
 
 def _feed_forward_out(draw: Draw, s: Sizes) -> Piece:
     hidden, weight, bias = draw(1, s.tokens, s.ffn_dim), draw(s.dim, s.ffn_dim), draw(s.dim)
+    residual, gate = draw(1, s.tokens, s.dim), draw(1, 1, s.dim).float()
 
     def plain(hidden: Tensor) -> Tensor:
-        return F.linear(hidden, weight, bias)
+        gated = F.linear(hidden, weight, bias).float() * gate
+        return (residual.float() + gated).type_as(residual)  # as diffusers writes it
 
     ways: dict[str, Callable[[], object]] = {
-        "product": partial(plain, hidden),
+        "eager": partial(plain, hidden),
+        "compiled": partial(_compiled(plain), hidden),
         **_autotuned(plain, hidden),
     }
     return Piece(ways, flops=2.0 * s.tokens * s.dim * s.ffn_dim)
@@ -198,7 +201,8 @@ def _autotuned(
     """On a GPU one more way: Inductor's choice between cuBLAS and Triton's products."""
     if not hidden.is_cuda:
         return {}
-    return {"autotuned": partial(_compiled(function, max_autotune_gemm=True), hidden)}
+    tuned = _compiled(function, **dict.fromkeys(PRODUCT_OPTIONS, True))
+    return {"autotuned": partial(tuned, hidden)}
 
 
 @torch.no_grad()

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Inductor's: Triton's products beside cuBLAS's, among them those for Hopper's copy engine (TMA).
+PRODUCT_OPTIONS = ("max_autotune_gemm", "triton.enable_persistent_tma_matmul")
+
 
 @torch.library.custom_op("sla::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def compile_blocks(
         # and 178080).
         "triton.mix_order_reduction": False,
         "coordinate_descent_tuning": tune,
-        "max_autotune_gemm": tune_products,
+        **dict.fromkeys(PRODUCT_OPTIONS, tune_products),
     }
     for block in blocks:
         block.compile(fullgraph=fullgraph, options=options)
