@@ -72,6 +72,24 @@ def test_a_prompt_has_the_seed_of_its_place(networks: tuple[VideoDiT, TrainedTex
     assert videos(networks, ()).shape == (0, 2, 4, 4, 3)
 
 
+def test_videos_sampled_together_are_those_sampled_alone(
+    networks: tuple[VideoDiT, TrainedTextEncoder],
+) -> None:
+    prompts, stages, calls = ("a cat", "a dog", "a bird"), [], []
+    alone = videos(networks, prompts)
+    together = videos(
+        networks,
+        prompts,
+        batch_size=2,
+        timings=stages.append,
+        progress=lambda *done: calls.append(done),
+    )
+    assert np.abs(together.astype(int) - alone).max() <= 1, "up to the rounding to uint8"
+    assert np.abs(alone[0].astype(int) - alone[2]).max() > 10
+    assert len(stages) == 3
+    assert calls == [*((2 * i, 12) for i in range(1, 5)), *((8 + i, 12) for i in range(1, 5))]
+
+
 class SlowEncoder:
     text_dim = 16
 

@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sla.cli.main import main
 from sla.config import load_experiment
-from sla.training.build import build_module, build_networks
+from sla.training.build import build_data, build_module, build_networks, build_trainer
 from sla.training.module import DiffusionModule
+from sla.training.strategy import MovingAverage
 from sla.training.testing import write_tiny_experiment
 
 SUMMARY = {
@@ -300,6 +303,80 @@ def test_learning_rate_warms_up_and_decays(module: DiffusionModule) -> None:
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert factors[2:] == sorted(factors[2:], reverse=True)
     assert factors[-1] == pytest.approx(module.optim.final_lr_fraction)
+
+
+def test_sample_indices_stay_on_the_host(module: DiffusionModule) -> None:
+    batch = {"video": torch.zeros(1, 3, 2, 8, 8), "sample_index": torch.tensor([7])}
+    moved = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved["video"].is_meta
+    assert moved["sample_index"] is batch["sample_index"]
+
+
+def test_the_average_is_the_recurrence() -> None:
+    trained = Averaged()
+    average = MovingAverage(0.75)
+    trainer = pl.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        callbacks=[average],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(trained, torch.utils.data.DataLoader(torch.zeros(4, 1)))
+    expected = trained.seen[0]
+    for weight in trained.seen[1:]:
+        expected = 0.75 * expected + 0.25 * weight
+    assert len(set(trained.seen)) == 4
+    assert trained.weight.item() == pytest.approx(expected, rel=1e-6), "the trained one at the end"
+    assert average.state_key == "EMAWeightAveraging", "as earlier checkpoints have it"
+
+
+class Averaged(pl.LightningModule):
+    """One number, which falls by 1, 2, 3, ... and is kept after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.0))
+        self.seen: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return (batch_idx + 1) * self.weight
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(self.weight.item())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+class NoWaits(pl.Callback):
+    """Makes waiting for the GPU an error in some of the steps."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 2 <= batch_idx < 6 else "default")
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config_name", ["full.yaml", "sla.yaml"])
+def test_steps_do_not_wait_for_the_gpu(tmp_path: Path, config_name: str) -> None:
+    """Of a run with all its callbacks, between two points of its curves."""
+    path = write_tiny_experiment(tmp_path).with_name(config_name)
+    rarely = [f"trainer.{name}=100" for name in ("log_every", "val_every", "checkpoint_every")]
+    hardware = ["trainer.accelerator=gpu", "trainer.devices=1", "trainer.max_steps=8"]
+    experiment = load_experiment(path, [*rarely, *hardware])
+    module = build_module(experiment, *build_networks(experiment))
+    trainer = build_trainer(experiment, tmp_path / "run", [NoWaits()])
+    try:
+        trainer.fit(module, datamodule=build_data(experiment))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.global_step == 8
 
 
 def test_losses_do_not_depend_on_the_batch(module: DiffusionModule) -> None:

@@ -143,21 +143,24 @@ def per_sample_noise(
     Raises:
         ValueError: a negative sample index.
     """
-    noise, u = [], []
-    for index in _indices(sample_index):
-        generator = sample_generator(seed, index)
+    indices = _indices(sample_index)
+    noise = torch.empty(len(indices), *shape, device=draw_on)
+    u = torch.empty(len(indices), dtype=torch.float64)
+    generator = torch.Generator()
+    on_device = generator if noise.device.type == "cpu" else torch.Generator(noise.device)
+    for row, index in enumerate(indices):
+        own = mix_seed(seed, index)
+        generator.manual_seed(own)
         # u first: then it does not depend on the shape of the noise, nor on `draw_on`.
-        u.append(torch.rand((), generator=generator, dtype=torch.float64))
-        if torch.device(draw_on).type != "cpu":
-            generator = torch.Generator(draw_on).manual_seed(mix_seed(seed, index))
-        noise.append(torch.randn(*shape, generator=generator, device=draw_on))
-    if not noise:
-        return SampleNoise(
-            torch.empty(0, *shape, device=device, dtype=dtype),
-            torch.empty(0, device=device, dtype=torch.float64),
-        )
+        torch.rand((), generator=generator, out=u[row])
+        if on_device is not generator:
+            on_device.manual_seed(own)
+        torch.randn(tuple(shape), generator=on_device, out=noise[row])
+    # From the host without waiting for the device, to which a plain copy would.
+    on_host = noise.device.type == "cpu"
     return SampleNoise(
-        torch.stack(noise).to(device=device, dtype=dtype), torch.stack(u).to(device=device)
+        noise.to(device=device, dtype=dtype, non_blocking=on_host),
+        u.to(device=device, non_blocking=True),
     )
 
 

@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -171,19 +171,16 @@ class TrainedTextEncoder(nn.Module):
         """
         _check_captions(captions)
         length = self.config.max_tokens + 1
-        ids = torch.full((len(captions), length), self.PAD, dtype=torch.int64)
-        for row, caption in enumerate(captions):
-            tokens = [self.BOS, *self._tokens_of(caption)]
-            ids[row, : len(tokens)] = torch.tensor(tokens)
+        rows = [[self.BOS, *self._tokens_of(caption)] for caption in captions]
+        padded = [row + [self.PAD] * (length - len(row)) for row in rows]
+        ids = torch.tensor(padded, dtype=torch.int64).view(len(captions), length)
         return ids, ids != self.PAD
 
     def _tokens_of(self, caption: str) -> Sequence[int]:
         most = self.config.max_tokens
         if self.config.words:
             words = re.findall(r"\w+|[^\w\s]", caption.lower())[:most]
-            return [
-                zlib.crc32(word.encode("utf-8", "replace")) % self.config.words for word in words
-            ]
+            return [_hash(word) % self.config.words for word in words]
         data = caption.encode("utf-8", errors="replace")[:most]
         return data.decode("utf-8", errors="ignore").encode("utf-8")
 
@@ -218,8 +215,14 @@ class TrainedTextEncoder(nn.Module):
         """Embeddings (B, max_tokens + 1, text_dim) and mask, on the encoder's device."""
         ids, mask = self.tokenize(captions)
         device = self.position_embedding.device
-        ids, mask = ids.to(device), mask.to(device)
+        # Blocking copies would wait for all that the device was given before.
+        ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
         return self(ids, mask), mask
+
+
+@lru_cache(maxsize=65536)  # a set of captions has few words
+def _hash(word: str) -> int:
+    return zlib.crc32(word.encode("utf-8", "replace"))
 
 
 class _EncoderLayer(nn.Module):

@@ -38,8 +38,8 @@ class Sampled:
 
     Attributes:
         videos: uint8 (prompts, T, H, W, 3).
-        step_ms: median milliseconds of a denoising step of one video, guidance in it, not compiled;
-            the first video warms up.
+        step_ms: median milliseconds of a denoising step of one video, its share of
+            `sampling.batch_size` at a time, guidance in it, not compiled; the first ones warm up.
     """
 
     videos: Videos
@@ -55,7 +55,8 @@ def sample_prompts(
     # Blocks that were compiled for training would be compiled anew for these shapes, in every arm.
     with torch.compiler.set_stance("force_eager"):
         videos = sample_videos(experiment, module, texts, timings=stages.append)
-    steps = [seconds for stage in stages[1:] for seconds in stage.steps]
+    measured = stages[experiment.sampling.batch_size :]
+    steps = [seconds for stage in measured for seconds in stage.steps]
     return Sampled(videos, 1e3 * float(np.median(steps)) if steps else None)
 
 

@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import (
     Callback,
-    EMAWeightAveraging,
     LearningRateMonitor,
     TQDMProgressBar,
 )
@@ -52,6 +51,7 @@ from sla.training.run_folder import RunError
 from sla.training.sharing import check_can_share
 from sla.training.strategy import (
     FSDP2,
+    MovingAverage,
     ShardedAverage,
     ShardedDiffusionModule,
     build_strategy,
@@ -273,8 +273,8 @@ def build_trainer(
         best_checkpoint(folder / "checkpoints"),
     ]
     if optim.ema_decay:
-        averaging = ShardedAverage if config.strategy == FSDP2 else EMAWeightAveraging
-        own.insert(0, averaging(decay=optim.ema_decay, use_buffers=False))
+        averaging = ShardedAverage if config.strategy == FSDP2 else MovingAverage
+        own.insert(0, averaging(optim.ema_decay))
     if config.progress_bar:
         # Into a file the bar writes a line each time: fewer of them.
         own.append(TQDMProgressBar(refresh_rate=1 if sys.stderr.isatty() else 20))

@@ -194,6 +194,7 @@ class SamplingConfig:
         guidance: classifier-free guidance scale; 1 for none.
         batched_guidance: run the network once on the prompt and the empty caption together; false
             runs it twice a step, with half the memory for activations.
+        batch_size: videos that are sampled together.
         seed: seed of the first prompt's noise; prompt i has seed + i.
         every: sample to TensorBoard every n training steps; 0 only at the end.
         fps: frames per second of the files written.
@@ -205,6 +206,7 @@ class SamplingConfig:
     steps: int = 16
     guidance: float = 3.0
     batched_guidance: bool = True
+    batch_size: int = 1
     seed: int = 0
     every: int = 0
     fps: int = 8
@@ -213,6 +215,7 @@ class SamplingConfig:
         known = self.scheduler in SCHEDULERS
         _require(known, "sampling.scheduler", self.scheduler, f"one of {', '.join(SCHEDULERS)}")
         _require(self.steps >= 1, "sampling.steps", self.steps, ">= 1")
+        _require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, ">= 1")
         _require(self.fps >= 1, "sampling.fps", self.fps, ">= 1")
         _require(self.num_prompts >= 0, "sampling.num_prompts", self.num_prompts, ">= 0")
         _require(self.every >= 0, "sampling.every", self.every, ">= 0")

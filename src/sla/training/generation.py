@@ -21,7 +21,8 @@ from sla.training.config import SamplingConfig
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Wall time of a video's stages in seconds, each until the device was done with it.
+    """Wall time of a video's stages in seconds, each until the device was done with it; of videos
+    that were sampled together an equal share.
 
     Attributes:
         text_encoding: of the prompt, and of the empty caption where guidance needs it.
@@ -51,7 +52,7 @@ def generate_videos(
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     timings: Callable[[StageSeconds], None] | None = None,
 ) -> np.ndarray:
-    """Sample one video a prompt, each from a seed of its own.
+    """Sample one video a prompt, each from a seed of its own, `config.batch_size` at a time.
 
     Prompt i starts from noise of seed `config.seed + i`, drawn on the CPU: the same prompt and
     seed give the same noise on every device, in any batch, for every attention method.
@@ -73,23 +74,28 @@ def generate_videos(
     network = model if isinstance(model, FSDPModule) else model.forward
     clock = _Clock(device)
 
-    def generate(i: int, prompt: str) -> np.ndarray:
-        generator = torch.Generator().manual_seed(config.seed + i)
-        noise = torch.randn(1, *shape, generator=generator).to(device)
+    def generate(first: int) -> np.ndarray:
+        together = list(prompts[first : first + config.batch_size])
+        noise = torch.stack(
+            [
+                torch.randn(*shape, generator=torch.Generator().manual_seed(config.seed + i))
+                for i in range(first, first + len(together))
+            ]
+        ).to(device)
         scheduler = build_scheduler(config.scheduler, flow.shift, config.steps, device)
         clock.lap()
         # A frozen encoder may be on another device.
-        text, text_mask = (t.to(device) for t in text_encoder.encode([prompt]))
+        text, text_mask = (t.to(device) for t in text_encoder.encode(together))
         null_text, null_mask = None, None
         if config.guidance != 1.0:
             null_text, null_mask = (t.to(device) for t in text_encoder.encode([""]))
-        text_encoding = clock.lap()
+        text_encoding = clock.lap() / len(together)
         steps: list[float] = []
 
         def step_done(done: int, total: int) -> None:
-            steps.append(clock.lap())
+            steps.append(clock.lap() / len(together))
             if progress is not None:
-                progress(i * total + done, len(prompts) * total)
+                progress(first * total + done * len(together), len(prompts) * total)
 
         video = sample(
             network,
@@ -103,16 +109,20 @@ def generate_videos(
             batched_guidance=config.batched_guidance,
             progress=step_done,
         )
-        frames = to_frames((video if decode is None else decode(video))[0])
+        # A decoder holds far more than the network: it is given one video after the other.
+        decoded = [one if decode is None else decode(one) for one in video.split(1)]
+        frames = np.stack([to_frames(one[0]) for one in decoded])
+        decoding = clock.lap() / len(together)
         if timings is not None:
-            timings(StageSeconds(text_encoding, tuple(steps), decoding=clock.lap()))
+            for _ in together:
+                timings(StageSeconds(text_encoding, tuple(steps), decoding))
         return frames
 
-    videos = [generate(i, prompt) for i, prompt in enumerate(prompts)]
+    videos = [generate(first) for first in range(0, len(prompts), config.batch_size)]
     if not videos:
         channels, frames, height, width = shape
         return np.empty((0, frames, height, width, channels), dtype=np.uint8)
-    return np.stack(videos)
+    return np.concatenate(videos)
 
 
 class _Clock:

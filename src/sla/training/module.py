@@ -162,6 +162,15 @@ class DiffusionModule(pl.LightningModule):
             return self.text_encoder(batch["token_ids"].to(self.device), mask), mask
         return self.text_encoder.encode(batch["caption"])
 
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """All but the sample indices: the host seeds noise with them, and reading them back from a
+        GPU would wait for all that it was given."""
+        rest = {name: value for name, value in batch.items() if name != "sample_index"}
+        moved = super().transfer_batch_to_device(rest, device, dataloader_idx)
+        return {**moved, "sample_index": batch["sample_index"]}
+
     def training_step(self, batch: VideoBatch, batch_idx: int) -> dict[str, Any]:
         """The loss, and what callbacks watch: each sample's loss and uniform draw."""
         noise, u = per_sample_noise(
@@ -173,7 +182,12 @@ class DiffusionModule(pl.LightningModule):
         )
         losses = self.losses(batch, self.flow.sample_sigma(u), noise, training=True)
         loss = losses.mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(u), sync_dist=True)
+        logged = loss.detach()
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % every == 0:
+            # Not by `sync_dist`, which makes the ranks wait for each other in every step.
+            logged = self.trainer.strategy.reduce(logged.clone(), reduce_op="mean")
+        self.log("train/loss", logged, prog_bar=True, batch_size=len(u))
         return {"loss": loss, "losses": losses.detach(), "u": u}
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:

@@ -86,7 +86,7 @@ class LossByTimestep(Callback):
     def __init__(self, strata: int, every: int) -> None:
         self.strata = strata
         self.every = every
-        self._sums = torch.zeros(strata, 2, dtype=torch.float64)
+        self._sums: Tensor | None = None  # (strata, 2): losses and how many, where the losses are
 
     def on_train_batch_end(
         self,
@@ -96,16 +96,17 @@ class LossByTimestep(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        u, losses = outputs["u"].double().cpu(), outputs["losses"].double().cpu()
+        u, losses = outputs["u"], outputs["losses"].double()
         stratum = (u * self.strata).long().clamp(max=self.strata - 1)
-        self._sums[:, 0].index_add_(0, stratum, losses)
-        self._sums[:, 1].index_add_(0, stratum, torch.ones_like(losses))
+        inside = (stratum == torch.arange(self.strata, device=u.device)[:, None]).double()
+        sums = torch.stack((inside @ losses, inside.sum(1)), dim=1)
+        self._sums = sums if self._sums is None else self._sums + sums
         if (batch_idx + 1) % self.every:
             return
         for index, (total, count) in enumerate(self._sums.tolist()):
             if count:
                 pl_module.log(f"train/loss_stratum_{index}", total / count, rank_zero_only=True)
-        self._sums.zero_()
+        self._sums = None
 
 
 class RoutingMonitor(FirstValidationBatch):

@@ -30,7 +30,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -46,7 +46,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sla.training.config import TrainerConfig
 from sla.training.module import DiffusionModule
@@ -273,16 +273,37 @@ class _AveragedParameters(AveragedModel):
         super().update_parameters(nn.ParameterList(model.parameters()))
 
 
-class ShardedAverage(EMAWeightAveraging):
-    """Lightning's moving average of a sharded module's weights, each rank's of its own shards.
+class MovingAverage(WeightAveraging):
+    """Lightning's exponential moving average of the weights, beside them on their device.
 
-    Lightning's own copies the module, which FSDP2 does not allow, before it is sharded.
+    Lightning's own `EMAWeightAveraging` copies the module before it is moved to its GPU and leaves
+    the average on the CPU, where every step then fetches all weights; and it takes them one by one.
+
+    Args:
+        decay: of the average per step.
     """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     @property
     def state_key(self) -> str:
         """As of Lightning's own: one goes on from the other's checkpoint."""
         return EMAWeightAveraging.__qualname__
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The module is on its device now."""
+        average = self._average_model
+        assert average is not None
+        average.module.to(pl_module.device)
+        average.n_averaged = average.n_averaged.cpu()  # each step looks at it
+
+
+class ShardedAverage(MovingAverage):
+    """The moving average of a sharded module's weights, each rank's of its own shards.
+
+    Lightning's own copies the module, which FSDP2 does not allow, before it is sharded.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """The module is not sharded yet."""
@@ -462,6 +483,7 @@ def _numbered(state: Mapping[str, Any]) -> dict[str, Any]:
 
 __all__ = [
     "FSDP2",
+    "MovingAverage",
     "ShardedAverage",
     "ShardedDiffusionModule",
     "ShardedStrategy",
