@@ -305,13 +305,6 @@ def test_learning_rate_warms_up_and_decays(module: DiffusionModule) -> None:
     assert factors[-1] == pytest.approx(module.optim.final_lr_fraction)
 
 
-def test_sample_indices_stay_on_the_host(module: DiffusionModule) -> None:
-    batch = {"video": torch.zeros(1, 3, 2, 8, 8), "sample_index": torch.tensor([7])}
-    moved = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
-    assert moved["video"].is_meta
-    assert moved["sample_index"] is batch["sample_index"]
-
-
 def test_the_average_is_the_recurrence() -> None:
     trained = Averaged()
     average = MovingAverage(0.75)

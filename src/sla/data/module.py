@@ -49,6 +49,7 @@ from sla.data.streaming import (
     choose,
     filling,
     make_sample,
+    share_by_name,
     size_of,
 )
 from sla.data.video import Frames, VideoError, resize_crop
@@ -683,11 +684,21 @@ class VideoDataModule(lightning.LightningDataModule):
         share = RankShare(len(windows), rank, world_size)
         return self._loader(windows, sampler=share, batch_size=self.config.batch_size)
 
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """All but the sample indices: the host seeds noise with them, and reading them back from a
+        GPU would wait for all that it was given."""
+        rest = {name: value for name, value in batch.items() if name != "sample_index"}
+        moved = super().transfer_batch_to_device(rest, device, dataloader_idx)
+        return {**moved, "sample_index": batch["sample_index"]}
+
     def _loader(self, dataset: Dataset[Sample], **how: Any) -> DataLoader:
         return DataLoader(
             dataset,
             collate_fn=collate,
             num_workers=self.config.num_workers,
+            worker_init_fn=share_by_name,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             **how,

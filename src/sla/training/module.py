@@ -162,15 +162,6 @@ class DiffusionModule(pl.LightningModule):
             return self.text_encoder(batch["token_ids"].to(self.device), mask), mask
         return self.text_encoder.encode(batch["caption"])
 
-    def transfer_batch_to_device(
-        self, batch: Any, device: torch.device, dataloader_idx: int
-    ) -> Any:
-        """All but the sample indices: the host seeds noise with them, and reading them back from a
-        GPU would wait for all that it was given."""
-        rest = {name: value for name, value in batch.items() if name != "sample_index"}
-        moved = super().transfer_batch_to_device(rest, device, dataloader_idx)
-        return {**moved, "sample_index": batch["sample_index"]}
-
     def training_step(self, batch: VideoBatch, batch_idx: int) -> dict[str, Any]:
         """The loss, and what callbacks watch: each sample's loss and uniform draw."""
         noise, u = per_sample_noise(

@@ -263,14 +263,32 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoint
 
 
-class _AveragedParameters(AveragedModel):
-    """torch's average, of a module's parameters without the module."""
+class _Average(AveragedModel):
+    """torch's average of a module, which does not wait for the GPU that it is on.
 
-    def __init__(self, module: nn.Module, **options: Any) -> None:
-        super().__init__(nn.ParameterList(module.parameters()), use_buffers=False, **options)
+    Args:
+        decay: of the moving average.
+    """
 
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        super().update_parameters(nn.ParameterList(model.parameters()))
+        averages, weights = (
+            [p.detach() for p in module.parameters()] for module in (self.module, model)
+        )
+        # The count is on the CPU: torch's own update reads it back, or copies it, in every step.
+        if self.n_averaged == 0:
+            for average, weight in zip(averages, weights, strict=True):
+                average.copy_(weight)
+        else:
+            assert self.multi_avg_fn is not None
+            self.multi_avg_fn(averages, weights, self.n_averaged)
+        # An average of parameters alone has no buffers.
+        for own, other in zip(self.module.buffers(), model.buffers(), strict=False):
+            own.copy_(other)
+        self.n_averaged += 1
 
 
 class MovingAverage(WeightAveraging):
@@ -284,19 +302,22 @@ class MovingAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__()
+        self.decay = decay
 
     @property
     def state_key(self) -> str:
         """As of Lightning's own: one goes on from the other's checkpoint."""
         return EMAWeightAveraging.__qualname__
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._average_model = _Average(pl_module, self.decay)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The module is on its device now."""
-        average = self._average_model
-        assert average is not None
-        average.module.to(pl_module.device)
-        average.n_averaged = average.n_averaged.cpu()  # each step looks at it
+        assert self._average_model is not None
+        self._average_model.module.to(pl_module.device)
 
 
 class ShardedAverage(MovingAverage):
@@ -309,7 +330,7 @@ class ShardedAverage(MovingAverage):
         """The module is not sharded yet."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._average_model = _AveragedParameters(pl_module, **self._kwargs)
+        self._average_model = _Average(nn.ParameterList(pl_module.parameters()), self.decay)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
