@@ -362,7 +362,11 @@ register_backbone(
 
 
 class ClipBackbone(nn.Module, ABC):
-    """What the CLIP metrics call: images and texts to features of one space."""
+    """What the CLIP metrics call: images and texts to features of one space.
+
+    On a GPU products are in float16: OpenAI's loader, by which VBench and CLIPScore take it, makes
+    a float16 network there (and a float32 one on a CPU).
+    """
 
     @abstractmethod
     def encode_image(self, images: Tensor) -> Tensor:
@@ -371,6 +375,11 @@ class ClipBackbone(nn.Module, ABC):
     @abstractmethod
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Features (N, D) of texts; what is longer than the context is cut off."""
+
+
+def _half_on_gpu(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    on_gpu = device.type == "cuda"
+    return torch.autocast("cuda", torch.float16) if on_gpu else contextlib.nullcontext()
 
 
 class OpenClip(ClipBackbone):
@@ -382,11 +391,14 @@ class OpenClip(ClipBackbone):
         self.tokenizer = tokenizer
 
     def encode_image(self, images: Tensor) -> Tensor:
-        return self.model.encode_image(images)  # type: ignore[operator]
+        with _half_on_gpu(images.device):
+            return self.model.encode_image(images)  # type: ignore[operator]
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         device = next(self.model.parameters()).device
-        return self.model.encode_text(self.tokenizer(list(texts)).to(device))  # type: ignore[operator]
+        tokens = self.tokenizer(list(texts)).to(device)
+        with _half_on_gpu(device):
+            return self.model.encode_text(tokens)  # type: ignore[operator]
 
 
 class TransformersClip(ClipBackbone):
@@ -398,8 +410,9 @@ class TransformersClip(ClipBackbone):
         self.tokenizer = tokenizer
 
     def encode_image(self, images: Tensor) -> Tensor:
-        pooled = self.model.vision_model(pixel_values=images).pooler_output
-        return self.model.visual_projection(pooled)
+        with _half_on_gpu(images.device):
+            pooled = self.model.vision_model(pixel_values=images).pooler_output
+            return self.model.visual_projection(pooled)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(
@@ -410,7 +423,8 @@ class TransformersClip(ClipBackbone):
             return_tensors="pt",
         )
         tokens = tokens.to(self.model.device)
-        return self.model.text_projection(self.model.text_model(**tokens).pooler_output)
+        with _half_on_gpu(self.model.device):
+            return self.model.text_projection(self.model.text_model(**tokens).pooler_output)
 
 
 def _load_open_clip(path: Path) -> nn.Module:

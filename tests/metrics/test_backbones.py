@@ -12,6 +12,7 @@ from sla_eval import backbones
 from sla_eval.backbones import (
     Backbone,
     BackboneUnavailableError,
+    OpenClip,
     Source,
     WeightFile,
     available_backbones,
@@ -207,6 +208,34 @@ def test_a_random_clip_is_what_open_clip_makes_of_openais_file() -> None:
     image = torch.rand(1, 3, 224, 224)
     half = made.encode_image(image)  # its weights went through float16
     assert torch.allclose(drawn.encode_image(image), half, rtol=1e-2, atol=1e-2)
+
+
+class Product(torch.nn.Module):
+    """What open_clip's model is called as."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 2))
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return images @ self.weight
+
+    encode_text = encode_image
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+    ],
+)
+def test_clip_computes_as_openais_loader_makes_it(device: str, dtype: torch.dtype) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    clip = OpenClip(Product(), lambda texts: torch.ones(len(texts), 4)).to(device)
+    assert clip.encode_image(torch.ones(3, 4, device=device)).dtype == dtype
+    assert clip.encode_text(["a", "b"]).dtype == dtype
 
 
 @pytest.mark.usefixtures("registry")

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -171,18 +170,11 @@ class TrainedTextEncoder(nn.Module):
         """
         _check_captions(captions)
         length = self.config.max_tokens + 1
-        rows = [[self.BOS, *self._tokens_of(caption)] for caption in captions]
-        padded = [row + [self.PAD] * (length - len(row)) for row in rows]
+        words, most = self.config.words, self.config.max_tokens
+        rows = [(self.BOS, *_tokens_of(caption, words, most)) for caption in captions]
+        padded = [row + (self.PAD,) * (length - len(row)) for row in rows]
         ids = torch.tensor(padded, dtype=torch.int64).view(len(captions), length)
         return ids, ids != self.PAD
-
-    def _tokens_of(self, caption: str) -> Sequence[int]:
-        most = self.config.max_tokens
-        if self.config.words:
-            words = re.findall(r"\w+|[^\w\s]", caption.lower())[:most]
-            return [_hash(word) % self.config.words for word in words]
-        data = caption.encode("utf-8", errors="replace")[:most]
-        return data.decode("utf-8", errors="ignore").encode("utf-8")
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode tokens.
@@ -220,9 +212,13 @@ class TrainedTextEncoder(nn.Module):
         return self(ids, mask), mask
 
 
-@lru_cache(maxsize=65536)  # a set of captions has few words
-def _hash(word: str) -> int:
-    return zlib.crc32(word.encode("utf-8", "replace"))
+@lru_cache(maxsize=16384)  # every pass over a set has the same captions
+def _tokens_of(caption: str, words: int, most: int) -> tuple[int, ...]:
+    if words:
+        found = re.findall(r"\w+|[^\w\s]", caption.lower())[:most]
+        return tuple(zlib.crc32(word.encode("utf-8", "replace")) % words for word in found)
+    data = caption.encode("utf-8", errors="replace")[:most]
+    return tuple(data.decode("utf-8", errors="ignore").encode("utf-8"))
 
 
 class _EncoderLayer(nn.Module):

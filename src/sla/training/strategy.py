@@ -272,12 +272,13 @@ class _Average(AveragedModel):
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         super().__init__(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self._pairs: tuple[list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        averages, weights = (
-            [p.detach() for p in module.parameters()] for module in (self.module, model)
-        )
+        if self._pairs is None:  # finding them takes as long as averaging them
+            self._pairs = [*self.module.parameters()], [*model.parameters()]
+        averages, weights = self._pairs
         # The count is on the CPU: torch's own update reads it back, or copies it, in every step.
         if self.n_averaged == 0:
             for average, weight in zip(averages, weights, strict=True):
