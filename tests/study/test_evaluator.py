@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sla_eval.metrics.frechet import frechet_distance
 
 from sla.data.module import DataConfig
 from sla.study.evaluator import Evaluator, find, load_evaluator, train_evaluator
 from sla.study.labels import read_labels, read_prompts
 from sla.study.plan import EvaluatorConfig, StudyError
+from sla.study.stills import Stills
 from sla.study.testing import coloured_square, write_coloured_shards
 from sla.training.config import TrainerConfig
 
@@ -68,6 +70,42 @@ def test_it_learns_colours_and_motions_of_new_clips(root: Path) -> None:
     # Clips of one kind are further from the real ones than the real ones are from themselves.
     alike = torch.from_numpy(np.stack([found.features[0]] * 4))
     assert frechet_distance(alike, reference) > 10 * frechet_distance(reference, reference) + 1e-3
+
+
+def test_stills_are_told_without_colours_and_motion() -> None:
+    config = replace(CONFIG, attributes=["colour", "shape"], stills=["shape"])
+    evaluator = Evaluator(config, {"colour": ["blue", "red"], "shape": ["ball", "cube"]}).eval()
+    grey = torch.rand(2, 1, 8, 16, 16) - 0.5
+    other = grey[:, :, torch.randperm(8)] + torch.tensor([0.1, 0.0, -0.299 / 1.14]).view(3, 1, 1, 1)
+    (_, plain), (_, changed) = evaluator(grey.expand(-1, 3, -1, -1, -1)), evaluator(other)
+    torch.testing.assert_close(plain["shape"], changed["shape"])
+    assert (plain["colour"] - changed["colour"]).abs().max() > 1e-4
+
+
+def bars(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips (count, 3, 4, 16, 16) of a bar across or upright, somewhere; 0 or 1 for each."""
+    video, upright = torch.full((count, 3, 4, 16, 16), -0.5), torch.arange(count) % 2
+    for clip, turned in zip(video, upright.tolist(), strict=True):
+        top, left = torch.randint(0, 7, (2,)).tolist()
+        across = clip.transpose(-1, -2) if turned else clip
+        across[:, :, top : top + 3, left : left + 9] = 0.5
+    return video, upright
+
+
+def test_stills_learn_shapes_through_what_training_does_to_them() -> None:
+    config = replace(CONFIG, attributes=["shape"], stills=["shape"], weights="")
+    stills = Stills(config, {"shape": ["across", "upright"]})
+    optimizer = torch.optim.AdamW(stills.parameters(), 2e-3)
+    for _ in range(40):
+        video, upright = bars(16)
+        logits = stills(video)["shape"]
+        loss = F.cross_entropy(logits.flatten(0, 1), upright.repeat_interleave(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    video, upright = bars(40)
+    found = stills.eval()(video)["shape"].mean(1).argmax(1)
+    assert (found == upright).float().mean() > 0.9
 
 
 def test_one_frame_is_a_clip_too() -> None:

@@ -32,6 +32,7 @@ from sla.data.video import to_tensor
 from sla.files import atomic_path
 from sla.study.labels import classes_of, read_labels
 from sla.study.plan import EvaluatorConfig, StudyError
+from sla.study.stills import Stills
 from sla.training.build import resolve_precision
 from sla.training.config import TrainerConfig
 
@@ -59,6 +60,8 @@ class _Stage(nn.Module):
 class Evaluator(nn.Module):
     """Video to features and to one classification an attribute.
 
+    All attributes shape the features. Those of `config.stills` are told by a second network.
+
     Args:
         config: its sizes.
         classes: {attribute: its values}.
@@ -77,9 +80,19 @@ class Evaluator(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(config.features, len(v)) for name, v in self.classes.items()}
         )
+        of_stills = {name: v for name, v in self.classes.items() if name in config.stills}
+        self.stills = Stills(config, of_stills) if of_stills else None
 
     def forward(self, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, 3, T, H, W) in [-1, 1] to features (B, F) and {attribute: logits (B, classes)}."""
+        features, logits = self.of_motion(video)
+        if self.stills is not None:
+            for name, of_frames in self.stills(video).items():
+                logits[name] = of_frames.float().log_softmax(-1).mean(1)
+        return features, logits
+
+    def of_motion(self, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `forward`, of the whole clip alone."""
         x = F.gelu(self.stem(video))
         for stage in self.stages:
             x = stage(x)
@@ -157,14 +170,12 @@ class _EvaluatorModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         of_clips = [self.labels.get(clip, self._nothing) for clip in batch["clip_id"]]
         targets = self.evaluator.targets(of_clips)
-        _, logits = self.evaluator(batch["video"])
-        losses = []
-        for name, target in targets.items():
-            # Real clips among the simulated ones have no attributes.
-            total = F.cross_entropy(
-                logits[name].float(), target.to(self.device), ignore_index=-1, reduction="sum"
-            )
-            losses.append(total / max(1, int((target >= 0).sum())))
+        _, logits = self.evaluator.of_motion(batch["video"])
+        losses = [_loss(logits[name], target) for name, target in targets.items()]
+        if self.evaluator.stills is not None:
+            for name, of_frames in self.evaluator.stills(batch["video"]).items():
+                target = targets[name].repeat_interleave(of_frames.shape[1])
+                losses.append(_loss(of_frames.flatten(0, 1), target, smoothing=0.1))
         loss = torch.stack(losses).mean()
         if self.global_step % 100 == 0:
             log.info(f"evaluator, step {self.global_step}: loss {loss.item():.4f}")
@@ -182,6 +193,18 @@ class _EvaluatorModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+def _loss(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy; real clips among the simulated ones have no attributes."""
+    total = F.cross_entropy(
+        logits.float(),
+        target.to(logits.device),
+        ignore_index=-1,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    return total / max(1, int((target >= 0).sum()))
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ class EvaluatorConfig:
     Attributes:
         weights: its safetensors file; written by `study-evaluator`, empty for a study without it.
         attributes: fields of the clips' JSON that it learns to tell.
+        stills: those of them that are told from single grey frames, see `sla.study.stills`.
         width: channels of its first stage.
         features: width of its penultimate layer, whose distances are measured.
         steps, batch_size, learning_rate, weight_decay, seed: of its training (AdamW, one cycle).
@@ -99,6 +100,7 @@ class EvaluatorConfig:
 
     weights: str = ""
     attributes: list[str] = field(default_factory=list)
+    stills: list[str] = field(default_factory=list)
     width: int = 48
     features: int = 128
     steps: int = 2000
@@ -112,6 +114,9 @@ class EvaluatorConfig:
             _require(getattr(self, name) >= 1, f"evaluator.{name}", getattr(self, name), 1)
         if self.weights and not self.attributes:
             raise StudyError("evaluator.attributes is empty; it must name what clips' JSON holds")
+        unknown = sorted(set(self.stills) - set(self.attributes))
+        if unknown:
+            raise StudyError(f"evaluator.stills has {unknown}, which evaluator.attributes has not")
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ measures:
 evaluator:
   weights: {root}/evaluator.safetensors
   attributes: [colour, motion]
+  stills: [colour]
   width: 8
   features: 8
   steps: 4
