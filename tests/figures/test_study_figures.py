@@ -136,9 +136,9 @@ def test_frames_of_something_else_are_left_out(root: Path) -> None:
     keep(root, *real_clips_of("video")[1:2], 5, digest="", noise_seeds=())
     found = frame_strips.sheet(read_records(root), read_strips(root), "video", "main")
     assert [row.label.split("\n")[0] for row in found.rows] == ["real clip", "full"]
-    assert found.apart == ["sla", "linear_only", "sparse"]
+    assert found.apart == ["sla", "linear_only"]  # sparse is no arm of these weights
     caption = frame_strips.caption(found, "video", "main")
-    assert "Not drawn, as of other prompts, noise or weights: sla, linear_only, sparse." in caption
+    assert "Not drawn, as of other prompts or noise: sla, linear_only." in caption
     assert "Real clip" in caption
     assert "Prompt 2: a blue cube" in caption
     assert "Seeds of the noise: 7, 8; of the training: 0." in caption

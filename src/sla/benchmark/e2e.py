@@ -55,9 +55,8 @@ LATENTS = {"1.3b": (21, 60, 104), "14b": (21, 90, 160), "tiny": (3, 8, 12)}
 TEXT_TOKENS = {"1.3b": 512, "14b": 512, "tiny": 7}
 WHAT = ("step", "train", "generation", "decode")
 DECODE = "decode"
-# autotuned: compiled, matrix products chosen by measuring. graph: compiled, and every forward is
-# replayed as a CUDA graph. Both are for inference alone.
-MODES = ("eager", "compiled", "autotuned", "graph")
+# graph: compiled, and every forward is replayed as a CUDA graph; for inference alone.
+MODES = ("eager", "compiled", "graph")
 STEPS = 50
 SHIFT = 3.0
 Forward = Callable[..., Tensor]
@@ -224,7 +223,7 @@ def _measure(
             found["ms_attention"] = None  # of the short one
     else:
         tune, blocks = what != "train", list(model.blocks)  # type: ignore[arg-type]
-        compile_blocks(blocks, fullgraph=True, tune=tune, tune_products=mode == "autotuned")
+        compile_blocks(blocks, fullgraph=True, tune=tune)
     return found | _times(step, warm_up, what, options, device)
 
 

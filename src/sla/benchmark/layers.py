@@ -22,7 +22,7 @@ from sla.benchmark import timing
 from sla.benchmark.e2e import LATENTS, TEXT_TOKENS
 from sla.benchmark.kernels import SEED, quantiles
 from sla.benchmark.recording import add_options, results_file
-from sla.models.fusion import PRODUCT_OPTIONS, linear_gelu
+from sla.models.fusion import linear_gelu
 from sla.models.wan import rotate
 from sla.models.wan_sizes import WAN_CONFIGS
 
@@ -122,10 +122,6 @@ def _projections(draw: Draw, s: Sizes) -> Piece:
         "joined in a step": lambda: F.linear(hidden, torch.cat(weights), torch.cat(biases)).chunk(
             3, dim=-1
         ),
-        **_autotuned(
-            lambda hidden: [F.linear(hidden, w, b) for w, b in zip(weights, biases, strict=True)],
-            hidden,
-        ),
     }
     return Piece(ways, flops=6.0 * s.tokens * s.dim**2)
 
@@ -139,7 +135,6 @@ def _feed_forward(draw: Draw, s: Sizes) -> Piece:
     ways: dict[str, Callable[[], object]] = {
         "epilogue": partial(linear_gelu, hidden, weight, bias),
         "compiled": partial(_compiled(plain), hidden),
-        **_autotuned(plain, hidden),
     }
     return Piece(ways, flops=2.0 * s.tokens * s.dim * s.ffn_dim)
 
@@ -155,7 +150,6 @@ def _feed_forward_out(draw: Draw, s: Sizes) -> Piece:
     ways: dict[str, Callable[[], object]] = {
         "eager": partial(plain, hidden),
         "compiled": partial(_compiled(plain), hidden),
-        **_autotuned(plain, hidden),
     }
     return Piece(ways, flops=2.0 * s.tokens * s.dim * s.ffn_dim)
 
@@ -190,19 +184,8 @@ PIECES: dict[str, Callable[[Draw, Sizes], Piece]] = {
 }
 
 
-def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    tuned = {"coordinate_descent_tuning": True, **options}
-    return torch.compile(function, fullgraph=True, options=tuned)
-
-
-def _autotuned(
-    function: Callable[[Tensor], object], hidden: Tensor
-) -> dict[str, Callable[[], object]]:
-    """On a GPU one more way: Inductor's choice between cuBLAS and Triton's products."""
-    if not hidden.is_cuda:
-        return {}
-    tuned = _compiled(function, **dict.fromkeys(PRODUCT_OPTIONS, True))
-    return {"autotuned": partial(tuned, hidden)}
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, options={"coordinate_descent_tuning": True})
 
 
 @torch.no_grad()

@@ -23,7 +23,6 @@ _NAMES = {
 }
 _MODES = {
     "compiled": "compiled",
-    "autotuned": "compiled,\nautotuned",
     "graph": "compiled,\nCUDA graph",
 }
 _COLOURS = {"attention": "tab:red", "the rest": "tab:gray"}

@@ -77,13 +77,9 @@ def _date(row: Row) -> str:
 
 
 def _same(row: Row, other: Row) -> bool:
-    """Whether nothing but the model differs, and that began as the same."""
-    assert row.run is not None
-    assert other.run is not None
-    weights = (row.run.end.get("weights_sha256"), other.run.end.get("weights_sha256"))
-    noise = (row.strips.noise_seeds, other.strips.noise_seeds)
-    same_frames = _shown(row.strips) == _shown(other.strips)
-    return same_frames and noise[0] == noise[1] and weights[0] == weights[1]
+    """Whether nothing but the model differs."""
+    same_noise = row.strips.noise_seeds == other.strips.noise_seeds
+    return same_noise and _shown(row.strips) == _shown(other.strips)
 
 
 def _shown(strips: Strips) -> tuple[object, ...]:
@@ -107,7 +103,7 @@ def caption(found: Sheet, study: str, group: str) -> str:
     if found.rows[0].run is None:
         text += " Real clip: the held-out clip whose caption the prompt is."
     if found.apart:
-        text += f" Not drawn, as of other prompts, noise or weights: {', '.join(found.apart)}."
+        text += f" Not drawn, as of other prompts or noise: {', '.join(found.apart)}."
     if found.without:
         text += f" No frames were kept of {', '.join(found.without)}."
     prompts = "\n".join(f"Prompt {i + 1}: {p}" for i, p in enumerate(found.rows[0].strips.prompts))

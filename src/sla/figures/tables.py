@@ -287,7 +287,7 @@ def _end_to_end(rows: list[Measurement]) -> str:
     head += ["attention's share", "training: peak, GiB", "estimated, GiB"]
     body, used = [], []
     lines = dict.fromkeys(key[:3] for key in by if key[3] != "decode")
-    methods, modes = list(END_TO_END_NAMES), ("eager", "compiled", "autotuned", "graph")
+    methods, modes = list(END_TO_END_NAMES), ("eager", "compiled", "graph")
     order = {
         key: (key[0], methods.index(key[1]) if key[1] in methods else len(methods), key[1], i)
         for i, mode in enumerate(modes)

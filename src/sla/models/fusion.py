@@ -16,9 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Inductor's: Triton's products beside cuBLAS's, among them those for Hopper's copy engine (TMA).
-PRODUCT_OPTIONS = ("max_autotune_gemm", "triton.enable_persistent_tma_matmul")
-
 
 @torch.library.custom_op("sla::linear_gelu", mutates_args=())
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -58,11 +55,7 @@ class FusedGELU(nn.Module):
 
 
 def compile_blocks(
-    blocks: Iterable[nn.Module],
-    *,
-    fullgraph: bool = False,
-    tune: bool = False,
-    tune_products: bool = False,
+    blocks: Iterable[nn.Module], *, fullgraph: bool = False, tune: bool = False
 ) -> None:
     """torch.compile a model's layers one by one, in place: they share one compilation.
 
@@ -72,7 +65,6 @@ def compile_blocks(
         tune: coordinate descent over the launch sizes of Inductor's own kernels, norms above all.
             It takes some seconds once and 2 % off a denoising step of Wan; of a training step it
             takes minutes.
-        tune_products: choose between cuBLAS's and Triton's matrix products by measuring.
     """
     options: dict[str, Any] = {
         # From PyTorch 2.10 on they leave the gradients of Wan's modulation tables unwritten,
@@ -80,7 +72,6 @@ def compile_blocks(
         # and 178080).
         "triton.mix_order_reduction": False,
         "coordinate_descent_tuning": tune,
-        **dict.fromkeys(PRODUCT_OPTIONS, tune_products),
     }
     for block in blocks:
         block.compile(fullgraph=fullgraph, options=options)
