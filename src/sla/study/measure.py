@@ -17,6 +17,7 @@ from sla.analysis import observe_attention
 from sla.attention import AttentionContext, AttentionMethod, FullConfig
 from sla.data.manifest import DataError
 from sla.data.module import VideoBatch, VideoDataModule
+from sla.diffusion.flow_matching import SampleNoise
 from sla.flops import Shape, model_flops
 from sla.models.video_model import VideoModel
 from sla.training.module import DiffusionModule
@@ -51,9 +52,30 @@ def on_device(batch: VideoBatch, device: torch.device) -> VideoBatch:
     return moved
 
 
+class Draws:
+    """Noise of the triples of some batches, drawn once and kept on the device: it is drawn on the
+    CPU, which takes longer than a forward."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int, int], SampleNoise] = {}
+
+    def of(
+        self, module: DiffusionModule, number: int, batch: VideoBatch, stratum: int
+    ) -> SampleNoise:
+        """Of the batch with this number, always the same one."""
+        key = number, stratum, module.val_strata
+        if key not in self._kept:
+            self._kept[key] = module.validation_draws(batch, stratum)
+        return self._kept[key]
+
+
 @torch.no_grad()
 def triple_losses(
-    module: DiffusionModule, batches: Sequence[VideoBatch], *, in_bf16: bool
+    module: DiffusionModule,
+    batches: Sequence[VideoBatch],
+    *,
+    in_bf16: bool,
+    draws: Draws | None = None,
 ) -> Values:
     """Flow-matching loss of every (clip, timestep, noise) triple: the same ones for every model.
 
@@ -61,19 +83,23 @@ def triple_losses(
         module: on the device to measure on; its mode is left as it was.
         batches: from `validation_batches`.
         in_bf16: compute under bf16 autocast, as the run trains.
+        draws: those of these batches, on this device, from earlier calls.
 
     Returns:
         float32 (clips, strata).
     """
+    draws = draws or Draws()
     rows: list[Tensor] = []
     training = module.training
     module.eval()
     try:
         with torch.autocast(module.device.type, torch.bfloat16, enabled=in_bf16):
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 moved = on_device(batch, module.device)
                 strata = [
-                    module.validation_losses(moved, stratum).float()
+                    module.validation_losses(
+                        moved, stratum, draws.of(module, number, batch, stratum)
+                    ).float()
                     for stratum in range(module.val_strata)
                 ]
                 rows.append(torch.stack(strata, dim=1).cpu())

@@ -30,7 +30,7 @@ from sla.study.callbacks import Curve, OutOfTimeError
 from sla.study.evaluator import Evaluator, load_evaluator
 from sla.study.frames import real_clips_of, spread, write_strips
 from sla.study.labels import Prompt, read_prompts
-from sla.study.measure import measure_attention, proj_norm, triple_losses, validation_batches
+from sla.study.measure import Draws, measure_attention, proj_norm, triple_losses, validation_batches
 from sla.study.parts import join
 from sla.study.plan import Job, Plan, StudyError
 from sla.study.records import FAILED, FINISHED, Key, Records, StudyResults, measurement
@@ -125,7 +125,7 @@ class Runner:
                 plan.base_experiment().data.caption_field,
             )
         self._shown = spread(plan.measures.frames, len(self.prompts))  # of which frames are kept
-        self._batches: dict[str, list[VideoBatch]] = {}
+        self._validations: dict[str, tuple[list[VideoBatch], Draws]] = {}
         self._references: dict[str, Videos] = {}
 
     def key(self, job: Job) -> Key:
@@ -230,7 +230,7 @@ class Runner:
         rows = _RowFile(folder.path / "rows.jsonl")
         module = self._module(job, experiment, folder)
         data = build_data(experiment)
-        batches = self._validation(experiment, data)
+        batches, draws = self._validation(experiment, data)
         device = sampling_device(experiment.trainer)
         in_bf16 = str(resolve_precision(experiment.trainer)).startswith("bf16")
         stored = check_checkpoint(folder.checkpoint, module) if folder.checkpoint else None
@@ -239,7 +239,7 @@ class Runner:
 
         def measure(module: DiffusionModule, step: int) -> None:
             start = time.perf_counter()
-            rows.add(self._measure(module, step, batches, in_bf16))
+            rows.add(self._measure(module, step, batches, draws, in_bf16))
             loss = rows.value(step, "val_loss")
             log.info(
                 f"  step {step}: validation loss {loss:.5f}, attention error "
@@ -312,17 +312,24 @@ class Runner:
             )
         return build_module(experiment, model, text_encoder, teacher)
 
-    def _validation(self, experiment: Experiment, data: VideoDataModule) -> list[VideoBatch]:
-        """The validation clips, decoded once for all arms that cut them alike."""
+    def _validation(
+        self, experiment: Experiment, data: VideoDataModule
+    ) -> tuple[list[VideoBatch], Draws]:
+        """The validation clips, decoded once for all arms that cut them alike, and their noise."""
         key = json.dumps({**to_dict(experiment)["data"], "seed": 0}, sort_keys=True)
-        if key not in self._batches:
-            self._batches[key] = validation_batches(data)
-        return self._batches[key]
+        if key not in self._validations:
+            self._validations[key] = validation_batches(data), Draws()
+        return self._validations[key]
 
     def _measure(
-        self, module: DiffusionModule, step: int, batches: Sequence[VideoBatch], in_bf16: bool
+        self,
+        module: DiffusionModule,
+        step: int,
+        batches: Sequence[VideoBatch],
+        draws: Draws,
+        in_bf16: bool,
     ) -> list[Row]:
-        losses = triple_losses(module, batches, in_bf16=in_bf16)
+        losses = triple_losses(module, batches, in_bf16=in_bf16, draws=draws)
         clips = _first(batches, self.plan.measures.attention_clips)
         attention = measure_attention(module, clips, in_bf16=in_bf16)
         rows = [

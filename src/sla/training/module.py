@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 
 from sla.attention import AttentionMethod
 from sla.data.module import VideoBatch
-from sla.diffusion.flow_matching import FlowMatching, per_sample_noise
+from sla.diffusion.flow_matching import FlowMatching, SampleNoise, per_sample_noise
 from sla.models.fusion import compile_blocks
 from sla.models.text import TextEncoder
 from sla.models.video_model import VideoModel
@@ -188,11 +188,22 @@ class DiffusionModule(pl.LightningModule):
             for metric in (self.validation_loss, self.bucket_losses[stratum]):
                 metric.update(losses, batch["weight"])  # type: ignore[operator]
 
-    def validation_losses(self, batch: VideoBatch, stratum: int) -> Tensor:
-        """(B,) losses at fixed noise, sigma inside the given one of `val_strata` equally likely
-        strata of the training density."""
+    def validation_draws(self, batch: VideoBatch, stratum: int) -> SampleNoise:
+        """The fixed noise and timestep draws of validation samples, the same for every model."""
         index = batch["sample_index"] * self.val_strata + stratum
-        noise, u = per_sample_noise(index, VALIDATION_SEED, batch["video"].shape[1:], self.device)
+        shape = batch["video"].shape[1:]
+        return per_sample_noise(index, VALIDATION_SEED, shape, self.device)
+
+    def validation_losses(
+        self, batch: VideoBatch, stratum: int, draws: SampleNoise | None = None
+    ) -> Tensor:
+        """(B,) losses at fixed noise, sigma inside the given one of `val_strata` equally likely
+        strata of the training density.
+
+        Args:
+            draws: of `validation_draws`, where they were kept.
+        """
+        noise, u = draws or self.validation_draws(batch, stratum)
         sigma = self.flow.sample_sigma((stratum + u) / self.val_strata)
         return self.losses(batch, sigma, noise)
 
