@@ -85,25 +85,6 @@ def test_sample_indices_stay_on_the_host(root):
     assert moved.keys() == batch.keys()
 
 
-class Strategy(torch.utils.data.Dataset):
-    def __getitem__(self, index):
-        return torch.multiprocessing.get_sharing_strategy()
-
-    def __len__(self):
-        return 1
-
-
-def test_workers_hand_over_tensors_by_name_and_leave_this_process_as_it_was(root):
-    before = torch.multiprocessing.get_sharing_strategy()
-    loaders = VideoDataModule(config(root, num_workers=1))
-    for how in (loaders.train_dataloader(), loaders.val_dataloader()):
-        loader = torch.utils.data.DataLoader(
-            Strategy(), batch_size=None, num_workers=1, worker_init_fn=how.worker_init_fn
-        )
-        assert list(loader) == ["file_system"]
-    assert torch.multiprocessing.get_sharing_strategy() == before
-
-
 def test_every_clip_once_per_pass_in_an_order_that_the_seed_decides(root):
     def order(seed):
         batches = train_batches(config(root, seed=seed, batch_size=1), 3 * TRAIN)

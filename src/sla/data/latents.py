@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from sla.data.manifest import Clip, ClipSet, DataError
 from sla.data.order import BucketOrder, Order, PassOrder
-from sla.data.streaming import ShardStream, bucket_sizes, share_by_name
+from sla.data.streaming import ShardStream, bucket_sizes
 from sla.files import atomic_path, file_sha256, sha256, write_text
 from sla.models.autoencoders import VideoAutoencoder
 from sla.models.identity import DTYPES
@@ -197,7 +197,6 @@ def write_cache(
         samples,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=data.num_workers,
-        worker_init_fn=share_by_name,
         collate_fn=list,
     )
     total = sum(shard.count for shard in shards[rank::world_size])

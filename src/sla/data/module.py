@@ -49,7 +49,6 @@ from sla.data.streaming import (
     choose,
     filling,
     make_sample,
-    share_by_name,
     size_of,
 )
 from sla.data.video import Frames, VideoError, resize_crop
@@ -698,7 +697,6 @@ class VideoDataModule(lightning.LightningDataModule):
             dataset,
             collate_fn=collate,
             num_workers=self.config.num_workers,
-            worker_init_fn=share_by_name,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             **how,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
@@ -208,13 +207,3 @@ def filling(config: DataConfig, index: int, clip_id: str) -> Sample:
     """A gray sample of no weight, where there is nothing to evaluate."""
     gray = np.full((config.num_frames, config.height, config.width, 3), 127, dtype=np.uint8)
     return make_sample(gray, "", index, clip_id, 0.0)
-
-
-def share_by_name(worker: int) -> None:
-    """How a loader's worker hands over tensors: shared memory by its name.
-
-    PyTorch's default hands over an open file, for which a thread of the worker talks four times
-    with the receiver. While the worker decodes, each word waits for Python's lock: 25 ms a tensor,
-    so that no loader gave more than a dozen batches a second, however many workers it had.
-    """
-    torch.multiprocessing.set_sharing_strategy("file_system")
