@@ -173,12 +173,13 @@ class DiffusionModule(pl.LightningModule):
         )
         losses = self.losses(batch, self.flow.sample_sigma(u), noise, training=True)
         loss = losses.mean()
-        logged = loss.detach()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.trainer.global_step + 1) % every == 0:
             # Not by `sync_dist`, which makes the ranks wait for each other in every step.
-            logged = self.trainer.strategy.reduce(logged.clone(), reduce_op="mean")
-        self.log("train/loss", logged, prog_bar=True, batch_size=len(u))
+            mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+            self.log("train/loss", mean, prog_bar=True, batch_size=len(u))
+        elif self.trainer.progress_bar_callback is not None:
+            self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(u))
         return {"loss": loss, "losses": losses.detach(), "u": u}
 
     def validation_step(self, batch: VideoBatch, batch_idx: int) -> None:
