@@ -106,6 +106,14 @@ def test_each_gpu_has_a_part_the_most_measured_one_first(tmp_path: Path) -> None
     assert len(figure6b.bars(tmp_path)) == 3
 
 
+def test_ratios_of_two_sessions_are_marked(tmp_path: Path) -> None:
+    path = keep(tmp_path, [made_up("flash_attention_2", "step"), made_up("cudnn", "step")])
+    path.write_text(path.read_text().replace('"date": "20', '"date": "19'))
+    keep(tmp_path, [made_up("cudnn", "step"), made_up("sla", "step")])
+    sla = next(line for line in lines_of(tables.end_to_end(tmp_path)) if line[1] == "SLA")
+    assert sla[5] == "~3.00 / 2.00"
+
+
 def test_rows_of_a_cpu_do_not_count(tmp_path: Path) -> None:
     keep(tmp_path, [made_up("sla", "step", device="cpu", dtype="float32", size="tiny")])
     assert tables.end_to_end(tmp_path).startswith("(no record yet")

@@ -559,7 +559,8 @@ def _end_to_end_time(m: Measurement | None) -> str:
 
 
 def _times_faster(m: Measurement | None, by: dict[tuple[Any, ...], Measurement]) -> str:
-    """Times over the two exact methods' at the same task, FlashAttention-2 first."""
+    """Times over the two exact methods' at the same task, FlashAttention-2 first; with a ~ where
+    they were measured on another day or commit, and so on another machine of that kind."""
     if m is None:
         return ""
     row, ratios = m.row, []
@@ -567,8 +568,19 @@ def _times_faster(m: Measurement | None, by: dict[tuple[Any, ...], Measurement])
         other = by.get((row["size"], name, row["mode"], row["what"]))
         same = other and all(other.row[k] == row[k] for k in ("steps", "checkpointing"))
         exact = other.row["ms_median"] if other and same else None
-        ratios.append(f"{exact / row['ms_median']:.2f}" if exact and row["ms_median"] else "-")
+        if not exact or not row["ms_median"]:
+            ratios.append("-")
+            continue
+        assert other is not None
+        apart = "" if _session(other) == _session(m) else "~"
+        ratios.append(f"{apart}{exact / row['ms_median']:.2f}")
     return " / ".join(ratios)
+
+
+def _session(m: Measurement) -> tuple[str, str]:
+    """Commit and day of a measurement."""
+    provenance = m.source.provenance
+    return str(provenance["commit"]), str(provenance["date"])[:10]
 
 
 def _ratios(row: Row | None) -> str:
