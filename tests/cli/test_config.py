@@ -89,6 +89,7 @@ def test_overrides_may_stand_before_and_after_options() -> None:
         ("attention.name=slaa", "did you mean 'sla'"),
         ("trainer.max_steps=many", "max_steps"),
         ("trainer.max_steps=0", "trainer.max_steps is 0"),
+        ("trainer.cuda_graphs=true", "it must be false without trainer.compile"),
         ("optim.schedule=linear", "optim.schedule is 'linear'"),
         ("data.caption_dropout=2", "data.caption_dropout"),
         ("trainer=5", "must be a section"),

@@ -117,6 +117,7 @@ def test_compiled_blocks_give_the_same_gradients(config: AttentionConfig, recomp
         torch.testing.assert_close(found[name], gradient, atol=1e-7, rtol=1e-4, msg=name)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("config", [FullConfig(), SLAConfig()], ids=["full", "sla"])
 def test_compiled_gradients_of_a_real_layer_on_a_gpu(config: AttentionConfig) -> None:

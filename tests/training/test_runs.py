@@ -372,6 +372,24 @@ def test_steps_do_not_wait_for_the_gpu(tmp_path: Path, config_name: str) -> None
     assert trainer.global_step == 8
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config_name", ["full.yaml", "sla.yaml"])
+def test_cuda_graphs_train_the_same(tmp_path: Path, config_name: str) -> None:
+    path = write_tiny_experiment(tmp_path).with_name(config_name)
+    hardware = ["trainer.accelerator=gpu", "trainer.devices=1", "trainer.compile=true"]
+    weights = []
+    for graphs in (False, True):
+        torch._dynamo.reset()
+        experiment = load_experiment(path, [*hardware, f"trainer.cuda_graphs={graphs}"])
+        module = build_module(experiment, *build_networks(experiment))
+        trainer = build_trainer(experiment, tmp_path / f"run-{graphs}")
+        trainer.fit(module, datamodule=build_data(experiment))
+        weights.append({name: tensor.cpu() for name, tensor in module.state_dict().items()})
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-5, rtol=1e-3, msg=name)
+
+
 def test_losses_do_not_depend_on_the_batch(module: DiffusionModule) -> None:
     def batch(*rows: int) -> dict[str, object]:
         generator = torch.Generator().manual_seed(0)

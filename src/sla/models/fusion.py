@@ -55,7 +55,11 @@ class FusedGELU(nn.Module):
 
 
 def compile_blocks(
-    blocks: Iterable[nn.Module], *, fullgraph: bool = False, tune: bool = False
+    blocks: Iterable[nn.Module],
+    *,
+    fullgraph: bool = False,
+    tune: bool = False,
+    cuda_graphs: bool = False,
 ) -> None:
     """torch.compile a model's layers one by one, in place: they share one compilation.
 
@@ -65,6 +69,9 @@ def compile_blocks(
         tune: coordinate descent over the launch sizes of Inductor's own kernels, norms above all.
             It takes some seconds once and 2 % off a denoising step of Wan; of a training step it
             takes minutes.
+        cuda_graphs: replay each layer's forward and backward as a CUDA graph, for models whose
+            steps are bound by the host. `torch.compiler.cudagraph_mark_step_begin` must be called
+            before each step.
     """
     options: dict[str, Any] = {
         # From PyTorch 2.10 on they leave the gradients of Wan's modulation tables unwritten,
@@ -72,6 +79,7 @@ def compile_blocks(
         # and 178080).
         "triton.mix_order_reduction": False,
         "coordinate_descent_tuning": tune,
+        "triton.cudagraphs": cuda_graphs,
     }
     for block in blocks:
         block.compile(fullgraph=fullgraph, options=options)

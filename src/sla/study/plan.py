@@ -46,6 +46,7 @@ _SAME = (
     *("data.shard_cache_gib", "data.url_retries", "data.max_failure_share", "data.probe_videos"),
     *("sampling.prompts", "sampling.num_prompts", "sampling.every", "sampling.fps"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.compile"),
+    "trainer.cuda_graphs",
     *("trainer.checkpoint_every", "trainer.log_every", "trainer.progress_bar"),
     *("trainer.val_every", "trainer.activation_checkpointing", "eval", "latents"),
 )

@@ -189,6 +189,7 @@ def build_module(
         max_steps=experiment.trainer.max_steps,
         val_strata=experiment.trainer.val_strata,
         compile=experiment.trainer.compile,
+        cuda_graphs=experiment.trainer.cuda_graphs,
         teacher=teacher,
         sequence_parallel=config.sequence_parallel,
     )

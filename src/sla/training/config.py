@@ -153,6 +153,8 @@ class TrainerConfig:
             strategy; `data.batch_size` is then of such a group. 1 for none; more for `wan` alone.
         precision: `auto` is bf16-mixed on a GPU that has bf16 and 32-true elsewhere.
         compile: torch.compile the network.
+        cuda_graphs: replay compiled blocks as CUDA graphs: for small networks, whose steps are
+            bound by the host.
         activation_checkpointing: recompute each block in the backward to save memory.
         val_every: validate every n steps.
         val_strata: timestep strata at which each validation clip is measured.
@@ -169,6 +171,7 @@ class TrainerConfig:
     num_nodes: int = 1
     precision: str = "auto"
     compile: bool = False
+    cuda_graphs: bool = False
     activation_checkpointing: bool = False
     val_every: int = 100
     val_strata: int = 4
@@ -177,6 +180,8 @@ class TrainerConfig:
     progress_bar: bool = True
 
     def __post_init__(self) -> None:
+        graphs = not self.cuda_graphs or self.compile
+        _require(graphs, "trainer.cuda_graphs", self.cuda_graphs, "false without trainer.compile")
         steps = ("max_steps", "val_every", "val_strata", "checkpoint_every", "log_every")
         for name in (*steps, "sequence_parallel"):
             _require(getattr(self, name) >= 1, f"trainer.{name}", getattr(self, name), ">= 1")

@@ -47,6 +47,7 @@ class DiffusionModule(pl.LightningModule):
         max_steps: optimiser steps of the run, for the schedule.
         val_strata: timestep strata at which each validation sample is measured.
         compile: run the blocks of training steps and samples through torch.compile.
+        cuda_graphs: with `compile`, replay them as CUDA graphs.
         teacher: the frozen model whose velocity is learned in place of the data's; not a part of
             this module: it is neither stored nor averaged.
         sequence_parallel: ranks that share the tokens of a sample, P: in a Trainer, ranks k P to
@@ -64,6 +65,7 @@ class DiffusionModule(pl.LightningModule):
         max_steps: int,
         val_strata: int,
         compile: bool = False,
+        cuda_graphs: bool = False,
         teacher: VideoModel | None = None,
         sequence_parallel: int = 1,
     ) -> None:
@@ -77,8 +79,9 @@ class DiffusionModule(pl.LightningModule):
         self.val_strata = val_strata
         self.sequence_parallel = sequence_parallel
         self.compiled = compile
+        self.cuda_graphs = cuda_graphs
         if compile:
-            compile_blocks(model.repeated_blocks())
+            compile_blocks(model.repeated_blocks(), cuda_graphs=cuda_graphs)
         # In a tuple: a module in there is no part of this one.
         self._teacher = () if teacher is None else (teacher.requires_grad_(False).eval(),)
         self.validation_loss = MeanMetric()
@@ -164,6 +167,8 @@ class DiffusionModule(pl.LightningModule):
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> dict[str, Any]:
         """The loss, and what callbacks watch: each sample's loss and uniform draw."""
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         noise, u = per_sample_noise(
             batch["sample_index"],
             self.seed,

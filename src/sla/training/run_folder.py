@@ -36,7 +36,10 @@ _MAY_CHANGE = (
     *("run.resume", "run.dir", "run.name", "sampling", "data.num_workers", "router", "latents"),
     *("data.verify_cache", "eval"),
     *(f"trainer.{name}" for name in ("max_steps", "accelerator", "devices", "strategy")),
-    *(f"trainer.{name}" for name in ("num_nodes", "compile", "activation_checkpointing")),
+    *(
+        f"trainer.{name}"
+        for name in ("num_nodes", "compile", "cuda_graphs", "activation_checkpointing")
+    ),
     "trainer.sequence_parallel",
     *(f"trainer.{name}" for name in ("val_every", "checkpoint_every", "log_every", "progress_bar")),
 )
