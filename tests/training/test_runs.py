@@ -19,7 +19,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sla.cli.main import main
 from sla.config import load_experiment
-from sla.training.build import build_data, build_module, build_networks, build_trainer
+from sla.training.build import (
+    build_data,
+    build_module,
+    build_networks,
+    build_trainer,
+    drawing,
+)
 from sla.training.module import DiffusionModule
 from sla.training.strategy import MovingAverage
 from sla.training.testing import write_tiny_experiment
@@ -303,6 +309,18 @@ def test_learning_rate_warms_up_and_decays(module: DiffusionModule) -> None:
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
     assert factors[2:] == sorted(factors[2:], reverse=True)
     assert factors[-1] == pytest.approx(module.optim.final_lr_fraction)
+
+
+def test_drawing_is_of_its_seed_and_leaves_no_trace() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(4)
+    torch.manual_seed(1)
+    before = torch.rand(2)
+    with drawing(5):
+        drawn = torch.rand(3)
+    with drawing(5):
+        assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(torch.cat((before, torch.rand(2))), expected)
 
 
 def test_the_average_is_the_recurrence() -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from sla_eval.prompts import Prompt, read_prompts
 from sla_eval.report import (
     choose_metrics,
@@ -35,7 +34,7 @@ from sla.figures import quality
 from sla.flops import CASES
 from sla.models.families import family
 from sla.results import RESULTS, ResultsFile, provenance
-from sla.training.build import build_data, sampling_device
+from sla.training.build import build_data, drawing, sampling_device
 from sla.training.config import Experiment
 from sla.training.run import default_prompts
 from sla.training.run import evaluate as measure
@@ -62,8 +61,7 @@ class Method:
 
     def load(self) -> weights.Loaded:
         """The model; what a swap adds is drawn from `run.seed`."""
-        with torch.random.fork_rng():
-            torch.manual_seed(self.experiment.run.seed)
+        with drawing(self.experiment.run.seed):
             return weights.load(self.experiment, self.path, swap=self.swapped)
 
 

@@ -33,7 +33,7 @@ from sla.files import atomic_path
 from sla.study.labels import classes_of, read_labels
 from sla.study.plan import EvaluatorConfig, StudyError
 from sla.study.stills import Stills
-from sla.training.build import resolve_precision
+from sla.training.build import drawing, resolve_precision
 from sla.training.config import TrainerConfig
 
 log = logging.getLogger(__name__)
@@ -250,8 +250,7 @@ def train_evaluator(
                 f"evaluator.attributes: {name!r} has the values {classes.get(name, [])} in "
                 f"{data.shards}; there is nothing to tell apart"
             )
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with drawing(config.seed):
         evaluator = Evaluator(config, classes)
     stream = replace(
         data, batch_size=config.batch_size, seed=config.seed, val_shards=list(test_shards)

@@ -47,6 +47,7 @@ from sla.training.build import (
     build_module,
     build_networks,
     build_trainer,
+    drawing,
     resolve_precision,
     sampling_device,
 )
@@ -302,8 +303,7 @@ class Runner:
             load_router(router, model)
         elif experiment.run.router_weights is not None:
             load_router(experiment.run.router_weights, model)
-        with torch.random.fork_rng():
-            torch.manual_seed(experiment.run.seed)
+        with drawing(experiment.run.seed):
             choose_trainable(model, text_encoder, experiment.optim)
         teacher = None
         if experiment.flow.target == "teacher":

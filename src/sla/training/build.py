@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,18 @@ def build_data(experiment: Experiment) -> VideoDataModule:
     return data
 
 
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """Inside, what is drawn on the CPU is of this seed; outside nothing changes.
+
+    GPUs' generators are left alone: to keep their state PyTorch would start every GPU that the
+    process sees, and each rank sees all of them.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 def build_networks(
     experiment: Experiment, attention: AttentionConfig | None = None, weights: str = RANDOM
 ) -> tuple[VideoModel, TrainedTextEncoder | FrozenTextEncoder]:
@@ -146,11 +159,10 @@ def build_networks(
     Raises:
         FileNotFoundError, CheckpointError: from the model family's `create`.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(experiment.run.seed)
+    with drawing(experiment.run.seed):
         text_encoder = load_text_encoder(experiment.text_encoder, experiment.text)
         if isinstance(text_encoder, FrozenTextEncoder):
-            torch.manual_seed(experiment.run.seed)  # whatever loading has drawn
+            torch.default_generator.manual_seed(experiment.run.seed)  # whatever loading has drawn
         model = family(experiment.model.name).create(
             experiment.model,
             attention or experiment.attention,

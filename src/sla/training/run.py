@@ -8,8 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from sla.training.build import (
     build_module,
     build_networks,
     build_trainer,
+    drawing,
     load_autoencoder,
     trained_part,
 )
@@ -221,23 +221,15 @@ def _baseline(
 
 def _swap_in(experiment: Experiment, model: VideoModel) -> None:
     """Give the model the experiment's attention, with its routers of stage 1 if there are any."""
-    with _drawing(experiment):
+    with drawing(experiment.run.seed):
         model.set_attention(experiment.attention)
     if experiment.run.router_weights is not None:
         load_router(experiment.run.router_weights, model)
 
 
 def _choose_trainable(experiment: Experiment, model: VideoModel, text_encoder: TextEncoder) -> None:
-    with _drawing(experiment):
+    with drawing(experiment.run.seed):
         choose_trainable(model, text_encoder, experiment.optim)
-
-
-@contextmanager
-def _drawing(experiment: Experiment) -> Iterator[None]:
-    """Draw the same on every rank, each of which keeps another part of it with `fsdp2`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(experiment.run.seed)
-        yield
 
 
 def evaluate(experiment: Experiment, module: DiffusionModule, data: VideoDataModule) -> Measured:
