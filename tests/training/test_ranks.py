@@ -5,6 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sla.training import ranks
 
 RANK = """
 import os, time
@@ -53,3 +59,29 @@ def outlives(ranks: str) -> bool:
 def test_a_rank_ends_with_its_launcher() -> None:
     assert not outlives("{'LOCAL_RANK': '1'}")
     assert outlives("{}"), "whoever starts a run in the background may leave"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "exception", "ends"),
+    [
+        (2, RuntimeError("no more data"), True),
+        (1, RuntimeError("no more data"), False),
+        (2, KeyboardInterrupt(), False),
+    ],
+)
+def test_a_rank_that_failed_ends_though_others_wait(
+    world_size: int,
+    exception: BaseException,
+    ends: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(ranks, "_GRACE", 0.01)
+    monkeypatch.setattr(ranks.os, "_exit", codes.append)
+    trainer: Any = SimpleNamespace(world_size=world_size, global_rank=1)
+    module: Any = None
+    ranks.EndOnFailure().on_exception(trainer, module, exception)
+    time.sleep(0.2)
+    assert codes == [1] * ends
+    assert ("rank 1 failed" in caplog.text and "no more data" in caplog.text) == ends

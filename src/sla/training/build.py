@@ -48,6 +48,7 @@ from sla.training.monitors import (
     LossByTimestep,
     RoutingMonitor,
 )
+from sla.training.ranks import EndOnFailure
 from sla.training.run_folder import RunError
 from sla.training.sharing import check_can_share
 from sla.training.strategy import (
@@ -273,6 +274,7 @@ def build_trainer(
     """
     config, optim = experiment.trainer, experiment.optim
     own: list[Callback] = [
+        EndOnFailure(),
         DataPosition(),
         RandomState(),
         Throughput(config.log_every),

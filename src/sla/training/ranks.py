@@ -1,13 +1,20 @@
-"""The processes of a run: none of them outlives the one that started it."""
+"""The processes of a run: none outlives the one that started it, nor its own failure."""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from functools import cache
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+log = logging.getLogger(__name__)
+
 _EVERY = 1.0  # seconds
+_GRACE = 20.0  # seconds
 
 
 @cache
@@ -29,4 +36,22 @@ def _watch(launcher: int) -> None:
     os._exit(1)  # the main thread is in a collective that does not end
 
 
-__all__ = ["end_with_launcher"]
+class EndOnFailure(Callback):
+    """Ends a rank that failed, where several work together, and so the run.
+
+    Torn down, it may wait for its GPU, which is in a collective that the others never reach, and
+    they wait for it: the error would be seen, if at all, when NCCL gives up.
+    """
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if trainer.world_size == 1 or not isinstance(exception, Exception):
+            return
+        log.error("rank %d failed", trainer.global_rank, exc_info=exception)
+        end = threading.Timer(_GRACE, os._exit, (1,))
+        end.daemon = True
+        end.start()
+
+
+__all__ = ["EndOnFailure", "end_with_launcher"]
