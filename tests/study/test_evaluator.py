@@ -72,6 +72,21 @@ def test_it_learns_colours_and_motions_of_new_clips(root: Path) -> None:
     assert frechet_distance(alike, reference) > 10 * frechet_distance(reference, reference) + 1e-3
 
 
+def test_the_seed_decides_what_is_trained(root: Path, tmp_path: Path) -> None:
+    few = {"width": 8, "steps": 3, "batch_size": 4, "stills": ["colour"]}
+    networks = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(networks))  # whatever was drawn before
+        config = replace(CONFIG, **few, seed=seed, weights=str(tmp_path / "x.safetensors"))
+        shards = [f"{root}/test-*.tar"]
+        train_evaluator(config, data(root), shards, TrainerConfig(accelerator="cpu"))
+        networks.append(load_evaluator(tmp_path / "x.safetensors")[0].state_dict())
+    first, again, other = networks
+    for name, tensor in first.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    assert not torch.equal(first["stills.stem.weight"], other["stills.stem.weight"])
+
+
 def test_stills_are_told_without_colours_and_motion() -> None:
     config = replace(CONFIG, attributes=["colour", "shape"], stills=["shape"])
     evaluator = Evaluator(config, {"colour": ["blue", "red"], "shape": ["ball", "cube"]}).eval()

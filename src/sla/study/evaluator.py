@@ -271,7 +271,8 @@ def train_evaluator(
         enable_model_summary=False,
     )
     device = trainer.strategy.root_device
-    trainer.fit(module, datamodule=VideoDataModule(stream))
+    with drawing(config.seed):  # what is done to still frames
+        trainer.fit(module, datamodule=VideoDataModule(stream))
     found = _on_real_clips(evaluator, stream, device)
     _save(evaluator.cpu(), Path(config.weights), found)
     return Trained(Path(config.weights), found.correct)
