@@ -15,16 +15,17 @@ PACKAGES = {"sla": "src/sla", "sla_kernels": "kernels/sla_kernels", "sla_eval": 
 ENTRY_POINTS = ("sla.__main__", "sla.cli", "sla.capture", "sla.benchmark")
 _BELOW_MODELS = ("sla.attention", "sla_kernels")
 _BELOW_DATA = ("sla.models", "sla.diffusion", *_BELOW_MODELS)
-_BELOW_TRAINING = ("sla.data", "sla.analysis", "sla.files", *_BELOW_DATA)
+_BELOW_TRAINING = ("sla.data", "sla.analysis", "sla.files", "sla.seeds", *_BELOW_DATA)
 # What each part of sla may import of this repository besides itself; entry points may import all.
 # A part that is not here fails the test: give it a layer.
 LAYERS: dict[str, tuple[str, ...]] = {
     "sla.attention": ("sla_kernels",),
-    "sla.models": ("sla.files", *_BELOW_MODELS),
+    "sla.models": ("sla.files", "sla.seeds", *_BELOW_MODELS),
     "sla.diffusion": _BELOW_MODELS,
     "sla.files": (),
+    "sla.seeds": (),
     "sla.data": ("sla.files", *_BELOW_DATA),
-    "sla.analysis": ("sla.files", *_BELOW_DATA),
+    "sla.analysis": ("sla.files", "sla.seeds", *_BELOW_DATA),
     "sla.flops": _BELOW_MODELS,
     "sla.results": _BELOW_TRAINING,
     "sla.training": _BELOW_TRAINING,

@@ -19,12 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sla.cli.main import main
 from sla.config import load_experiment
+from sla.seeds import drawing
 from sla.training.build import (
     build_data,
     build_module,
     build_networks,
     build_trainer,
-    drawing,
 )
 from sla.training.module import DiffusionModule
 from sla.training.strategy import MovingAverage

@@ -32,6 +32,7 @@ from sla.analysis.capture_qkv import CaptureError
 from sla.attention import AttentionConfig, AttentionContext, AttentionMethod, build_attention
 from sla.attention.token_order import raster_order, tile_order
 from sla.models.video_model import VideoModel
+from sla.seeds import drawing
 
 Grid = tuple[int, int, int]
 
@@ -109,8 +110,7 @@ def build_probes(
     """Fresh methods for some layers of a model, on its device; what they draw is the seed's."""
     device = next(model.parameters()).device
     probes: dict[int, AttentionMethod] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawing(seed):
         for own in model.attention_modules():
             probe = build_attention(config, own.num_heads, own.head_dim, own.dim, own.layer_index)
             if own.layer_index in layers:

@@ -22,6 +22,7 @@ from sla.attention import (
     build_attention,
 )
 from sla.attention.token_order import tile_order
+from sla.seeds import drawing
 
 Grid = tuple[int, int, int]
 
@@ -100,8 +101,7 @@ def method_error(case: Case, captured: Captured, *, device: torch.device | str) 
         )
     heads, tokens, head_dim = captured.query.shape
     config, dim = case.config, heads * head_dim
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with drawing(0):
         method = build_attention(config, heads, head_dim, dim, captured.moment.layer)
     method = method.to(device).eval()
     query, key, value = (

@@ -34,7 +34,8 @@ from sla.figures import quality
 from sla.flops import CASES
 from sla.models.families import family
 from sla.results import RESULTS, ResultsFile, provenance
-from sla.training.build import build_data, drawing, sampling_device
+from sla.seeds import drawing
+from sla.training.build import build_data, sampling_device
 from sla.training.config import Experiment
 from sla.training.run import default_prompts
 from sla.training.run import evaluate as measure

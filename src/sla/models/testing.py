@@ -10,6 +10,7 @@ from torch import nn
 
 from sla.models.dit import DiTConfig
 from sla.models.text import TrainedTextEncoderConfig
+from sla.seeds import drawing
 
 
 def tiny_dit_config() -> DiTConfig:
@@ -57,8 +58,7 @@ def tiny_wan_autoencoder(seed: int = 0, **changes: Any) -> Any:
         "latents_mean": [0.1, -0.2, 0.3, 0.0],
         "latents_std": [2.0, 1.5, 0.5, 1.0],
     }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with drawing(seed):
         return AutoencoderKLWan(**{**config, **changes})
 
 
@@ -89,7 +89,6 @@ def write_tiny_umt5(folder: Path, width: int = 24) -> None:
         num_heads=3,
         is_encoder_decoder=False,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with drawing(0):
         transformers.UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")

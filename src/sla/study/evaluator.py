@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from sla.data.module import DataConfig, VideoDataModule
 from sla.data.video import to_tensor
 from sla.files import atomic_path
+from sla.seeds import drawing
 from sla.study.labels import classes_of, read_labels
 from sla.study.plan import EvaluatorConfig, StudyError
 from sla.study.stills import Stills
-from sla.training.build import drawing, resolve_precision
+from sla.training.build import resolve_precision
 from sla.training.config import TrainerConfig
 
 log = logging.getLogger(__name__)

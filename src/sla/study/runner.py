@@ -26,6 +26,7 @@ from sla.attention import FullConfig
 from sla.config import to_dict
 from sla.data.module import VideoBatch, VideoDataModule
 from sla.files import file_sha256, write_text
+from sla.seeds import drawing
 from sla.study.callbacks import Curve, OutOfTimeError
 from sla.study.evaluator import Evaluator, load_evaluator
 from sla.study.frames import real_clips_of, spread, write_strips
@@ -47,7 +48,6 @@ from sla.training.build import (
     build_module,
     build_networks,
     build_trainer,
-    drawing,
     resolve_precision,
     sampling_device,
 )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from sla.models.text import (
     build_text_encoder,
 )
 from sla.models.video_model import VideoModel
+from sla.seeds import drawing
 from sla.training.callbacks import (
     AttentionStatistics,
     DataPosition,
@@ -134,18 +134,6 @@ def build_data(experiment: Experiment) -> VideoDataModule:
     )
     data.cache.check_cut(experiment.data)
     return data
-
-
-@contextmanager
-def drawing(seed: int) -> Iterator[None]:
-    """Inside, what is drawn on the CPU is of this seed; outside nothing changes.
-
-    GPUs' generators are left alone: to keep their state PyTorch would start every GPU that the
-    process sees, and each rank sees all of them.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def build_networks(

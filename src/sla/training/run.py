@@ -25,13 +25,13 @@ from sla.data.video import grid, picture_strip, write_picture, write_video
 from sla.models.families import RANDOM, family
 from sla.models.text import TextEncoder
 from sla.models.video_model import VideoModel
+from sla.seeds import drawing
 from sla.training.build import (
     build_data,
     build_evaluator,
     build_module,
     build_networks,
     build_trainer,
-    drawing,
     load_autoencoder,
     trained_part,
 )
