@@ -368,9 +368,6 @@ class NoWaits(pl.Callback):
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         torch.cuda.set_sync_debug_mode("error" if 2 <= batch_idx < 6 else "default")
 
-    def on_train_end(self, trainer: Any, module: Any) -> None:
-        torch.cuda.set_sync_debug_mode("default")
-
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -21,10 +21,7 @@ _NAMES = {
     "sla-64x64": "SLA\n64x64",
     "sla2": "SLA2",
 }
-_MODES = {
-    "compiled": "compiled",
-    "graph": "compiled,\nCUDA graph",
-}
+_MODES = {"compiled": "compiled", "graph": "compiled,\nCUDA graph"}
 _COLOURS = {"attention": "tab:red", "the rest": "tab:gray"}
 
 

@@ -169,11 +169,10 @@ class TrainedTextEncoder(nn.Module):
             TypeError: a single string, or an item that is not a string.
         """
         _check_captions(captions)
-        length = self.config.max_tokens + 1
         words, most = self.config.words, self.config.max_tokens
         rows = [(self.BOS, *_tokens_of(caption, words, most)) for caption in captions]
-        padded = [row + (self.PAD,) * (length - len(row)) for row in rows]
-        ids = torch.tensor(padded, dtype=torch.int64).view(len(captions), length)
+        padded = [row + (self.PAD,) * (most + 1 - len(row)) for row in rows]
+        ids = torch.tensor(padded, dtype=torch.int64).view(len(captions), most + 1)
         return ids, ids != self.PAD
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -96,4 +96,4 @@ def _changed(frames: Tensor) -> Tensor:
     return torch.where(inverted < 0.3, -frames, frames)
 
 
-__all__ = ["FRAMES", "Stills", "grey_frames"]
+__all__ = ["Stills"]
