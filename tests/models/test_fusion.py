@@ -134,25 +134,31 @@ def test_compiled_gradients_of_a_real_layer_on_a_gpu(config: AttentionConfig) ->
     latents, text = draw(1, 16, 9, 32, 52), draw(1, 512, sizes["text_dim"])
     mask, target = torch.ones(1, 512, dtype=torch.bool, device="cuda"), draw(*latents.shape)
 
-    def gradients(compiled: bool) -> dict[str, Tensor]:
+    def gradients(*, bf16: bool, compiled: bool) -> dict[str, Tensor]:
         torch._dynamo.reset()
         transformer.zero_grad()
         model = DiffusersVideoModel(transformer, text_tokens=512, attention_config=None)
         if compiled:
             compile_blocks(model.repeated_blocks())
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
             velocity = model(latents, torch.tensor([500.0], device="cuda"), text, mask)
         (velocity.float() - target).square().mean().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     apply_attention(transformer, config)
     transformer.to("cuda")
-    expected = gradients(False)
-    found = gradients(True)
-    for name, gradient in expected.items():
+    exact = gradients(bf16=False, compiled=False)
+    eager = gradients(bf16=True, compiled=False)
+    compiled = gradients(bf16=True, compiled=True)
+    assert compiled.keys() == exact.keys()
+    # Rounding alone moves some gradients much: softmax hardly sees to_k's bias, so its gradient is
+    # a small sum of large terms. What the eager code's rounding does is the measure.
+    for name, gradient in exact.items():
         if gradient.norm() > 1e-6:
-            error = (found[name] - gradient).norm() / gradient.norm()
-            assert error < 0.05, f"{name}: {error:.1e}"
+            rounding = (eager[name] - gradient).norm()
+            error = (compiled[name] - gradient).norm()
+            limit = 2 * rounding + 0.005 * gradient.norm()
+            assert error < limit, f"{name}: {error:.1e}, with eager's rounding {rounding:.1e}"
 
 
 def test_rotation_is_that_of_complex_numbers() -> None:
