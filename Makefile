@@ -36,7 +36,7 @@ resume = $(if $(RESUME),run.resume=$(RESUME))
 record = $(if $(RECORD),--record)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data study-data study-evaluator study latents data-report pretrain finetune generate eval bench bench-e2e flops tables capture analyse figures tensorboard notebooks screenshot test test-fast test-gpu sanitize lint format typecheck clean
+.PHONY: help setup data study-data study-evaluator study-weights study latents data-report pretrain finetune generate eval bench bench-e2e flops tables capture analyse figures tensorboard notebooks screenshot test test-fast test-gpu sanitize lint format typecheck clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ study-data: $(ENVIRONMENT) ## make the study set of simulated clips: OUT= ARGS="
 
 study-evaluator: $(ENVIRONMENT) ## train the study's evaluator network: CONFIG= OUT= ARGS=
 	$(PY) -m sla study-evaluator --config $(config) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+study-weights: $(ENVIRONMENT) ## put the study's pretrained model and evaluator in place, from assets/study
+	$(PY) -m sla study-weights join runs/study-pretrain/model.safetensors assets/study
+	$(PY) -m sla study-weights join runs/study-evaluator/evaluator.safetensors assets/study
 
 study: $(ENVIRONMENT) ## run what is missing of the study: CONFIG= OUT= ARGS="--groups main --max-seconds 500"
 	$(PY) -m sla study --config $(config) $(if $(OUT),--out $(OUT)) $(ARGS)

@@ -319,8 +319,8 @@ def load_evaluator(path: Path) -> tuple[Evaluator, Tensor]:
     """
     if not path.is_file():
         raise StudyError(
-            f"evaluator.weights is {str(path)!r}, which is no file: train it with "
-            "`python -m sla study-evaluator`"
+            f"evaluator.weights is {str(path)!r}, which is no file: `make study-weights`, or train "
+            "it with `make study-evaluator`"
         )
     try:
         with safe_open(path, framework="pt") as file:

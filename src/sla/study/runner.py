@@ -106,7 +106,7 @@ class Runner:
         try:
             self.weights = join(Path(plan.base_experiment().run.init_weights))
         except StudyError as error:
-            raise StudyError(f"{error}: `make pretrain`, or put its parts there") from error
+            raise StudyError(f"{error}: `make study-weights`, or `make pretrain`") from error
         self.weights_sha256 = file_sha256(self.weights)
         self.evaluator: tuple[Evaluator, Tensor] | None = None
         self.evaluator_sha256 = ""
