@@ -38,7 +38,12 @@ from sla.training.testing import write_tiny_experiment
 
 GRID, HEADS, DIM, TOKENS = (4, 4, 8), 2, 8, 128
 SMALL = MeasureConfig(
-    rows=1000, block=16, tiles=(None, (2, 2, 4)), method_critical=(0.25,), critical=(0.25, 0.5)
+    rows=1000,
+    block=16,
+    tiles=(None, (2, 2, 4)),
+    method_critical=(0.25,),
+    critical=(0.25, 0.5),
+    branch_critical=(0.25,),
 )
 
 
@@ -365,3 +370,24 @@ def test_bad_calls_are_refused(experiment: Path, tmp_path: Path, capsys: Any) ->
     ):
         assert call(*analyse, *arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_branches_are_taken_apart(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    found = [r for r in rows if r["measure"] == "branches"]
+    assert {(r["order"], r["layer"], r["timestep"]) for r in found} == {
+        (order, *place)
+        for order in ("raster", "2x2x4")
+        for place in ((None, None), (0, None), (3, None), (None, 900.0), (None, 100.0))
+    }
+    whole = row(rows, "branches", order="raster", layer=None, timestep=None)
+    layers = [row(rows, "branches", order="raster", layer=i, timestep=None) for i in (0, 3)]
+    assert whole["critical"] == [0.25]
+    for name in ("mass", "sparse", "mixed", "proj_head", "proj_layer", "mixed_proj_layer"):
+        mean = (layers[0][name][0] + layers[1][name][0]) / 2
+        assert whole[name] == [pytest.approx(mean, rel=1e-3)]
+
+    single = write_capture(tmp_path / "c", samples=({"kind": "clip"},))
+    config = replace(SMALL, tiles=(None,), method_critical=())
+    (whole, *_) = [r for r in measure(single, config) if r["measure"] == "branches"]
+    assert "sparse" in whole
+    assert "proj_layer" not in whole  # a fit to the only sample would say too much

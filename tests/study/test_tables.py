@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sla.figures import claims, study
+from sla.figures import claims, study, study_attention
 from sla.results import write_results
 from sla.study.plan import load_plan
 from sla.study.records import ACCURACY, FRECHET, StudyResults, measurement, read_records
@@ -111,6 +111,25 @@ def test_attention_weights_are_those_of_the_arms_own_model(tmp_path: Path) -> No
         write_results("analysis", [capture, layer, {**whole, "above": above}], root=tmp_path)
     found = verdict(tmp_path, "About 8 %")
     assert (found.status, found.numbers) == (claims.HOLDS, "9.0%")
+
+
+def test_the_table_of_attention_is_of_the_arms_own_model(tmp_path: Path) -> None:
+    assert "no record yet" in study_attention.attention(tmp_path)
+    write(tmp_path, "full", 1.0, weights="ours")
+    place = {"order": "raster", "layer": None, "head": None, "timestep": None, "critical": [0.05]}
+    for weights, value in (("ours", 0.25), ("the demo's", 0.5)):
+        recall = {"measure": "recall", "pooled": [value], "oracle": [0.6], "agreement": [0.7]}
+        branches = {"measure": "branches", "mass": [value], "sparse": [0.9], "proj_layer": [0.8]}
+        names = ("scaled", "mixed", "mixed_exact", "proj_head", "mixed_proj_layer")
+        branches |= {name: [0.125] for name in names}
+        rows = [{**place, **recall}, {**place, **branches}, {**place, **branches, "layer": 0}]
+        write_results(
+            "analysis", [{"measure": "capture", "weights_sha256": weights}, *rows], root=tmp_path
+        )
+    text = study_attention.attention(tmp_path)
+    assert "| consecutive tokens | 5.0% | 25.0% | 60.0% | 70.0% |" in text
+    (line,) = [x for x in text.splitlines() if "0.900" in x]
+    assert line.startswith("| consecutive tokens | 5.0% | 25.0% | 0.900 | 0.800 | 0.125 | - |")
 
 
 def test_a_verdict_needs_every_seed_on_one_side(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sla.analysis.branches import BranchErrors, branch_errors, held_out_errors
 from sla.analysis.capture_files import Capture, Captured
 from sla.analysis.capture_qkv import CaptureError
 from sla.analysis.methods import Case, MethodError, method_cases, method_error
@@ -46,7 +47,8 @@ class MeasureConfig:
         sparsity: shares of the weights dropped, for the error against sparsity. 0.45 and 0.919 are
             where the paper gives numbers.
         critical: fractions k_h at which routing's recall is measured.
-        tiles: token orders of that; None is raster order.
+        branch_critical: those at which the two branches' errors are taken apart (`branches`).
+        tiles: token orders of both; None is raster order.
         block: tokens of a block, queries and keys.
         method_critical: fractions that methods are swept over; empty: methods are left out.
         method_samples: samples that methods are run on, the first ones.
@@ -59,6 +61,7 @@ class MeasureConfig:
         *(0.1, 0.25, 0.45, 0.6, 0.7, 0.8, 0.85, 0.9, 0.919, 0.95, 0.975, 0.99),
     )
     critical: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2)
+    branch_critical: tuple[float, ...] = (0.05, 0.15)
     tiles: tuple[Grid | None, ...] = (None, (4, 4, 4))
     block: int = 64
     method_critical: tuple[float, ...] = (0.05, 0.1, 0.2)
@@ -92,6 +95,7 @@ def measure(
     """
     plan = capture.plan
     weights, curves, recalls = (_Means() for _ in range(3))
+    branches: dict[tuple[Any, ...], list[BranchErrors]] = {}
     histograms: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     methods = _Means()
     cases = method_cases(config.method_critical) if config.method_critical else []
@@ -112,6 +116,9 @@ def measure(
             curves.add(place, found["drop_error"])
             for tile in config.tiles:
                 recalls.add((*place, _order(tile)), _recall(captured, index, tile, config, device))
+                branches[(*place, _order(tile), moment.sample)] = _branches(
+                    captured, index, tile, config, device
+                )
             histograms[moment.layer].append(histogram)
         if moment.sample < config.method_samples and moment.timestep in with_methods:
             known: dict[str, MethodError] = {}  # a method's defaults are a point of its sweep too
@@ -132,6 +139,7 @@ def measure(
     rows += weights.rows("weights", ("layer", "head", "timestep"))
     rows += [{**r, "sparsity": sparsity} for r in curves.rows("drop_error", _PLACE)]
     rows += [{**r, "critical": fractions} for r in recalls.rows("recall", (*_PLACE, "order"))]
+    rows += _branch_rows(branches, config.branch_critical)
     rows += _histogram_rows(histograms)
     rows += _method_rows(methods, cases)
     return [_rounded(row) for row in rows]
@@ -194,6 +202,69 @@ def _recall(
         raise CaptureError(f"{captured.moment.file}: {error}") from error
     names = ("blocks", "key_blocks", "pooled", "oracle", "agreement")
     return {name: [getattr(recall, name) for recall in found] for name in names}
+
+
+def _branches(
+    captured: Captured,
+    index: int,
+    tile: Grid | None,
+    config: MeasureConfig,
+    device: torch.device | str,
+) -> list[BranchErrors]:
+    assert captured.value is not None
+    return branch_errors(
+        captured.query[index].to(device),
+        captured.key[index].to(device),
+        captured.value[index].to(device),
+        captured.rows,
+        captured.grid,
+        tile=tile,
+        critical=config.branch_critical,
+        block=config.block,
+    )
+
+
+_SCALARS = ("mass", "sparse", "scaled", "mixed", "mixed_exact")
+_FITS = ("proj", "proj_exact", "mixed_proj")
+_Call = tuple[Any, ...]  # layer, head, timestep, sample
+# Which calls share a fitted Proj. SLA's is one a layer.
+_SHARED: dict[str, Callable[[_Call], _Call]] = {
+    "head": lambda call: call[:2],
+    "layer": lambda call: call[:1],
+}
+
+
+def _branch_rows(
+    found: Mapping[tuple[Any, ...], Sequence[BranchErrors]], fractions: Sequence[float]
+) -> list[Row]:
+    """By order of tokens: over everything, by layer, and by timestep."""
+    rows: list[Row] = []
+    for order in dict.fromkeys(key[3] for key in found):
+        calls = {(*key[:3], key[4]): errors for key, errors in found.items() if key[3] == order}
+        lists: dict[_Call, Row] = {
+            call: {name: [getattr(error, name) for error in errors] for name in _SCALARS}
+            for call, errors in calls.items()
+        }
+        if len({call[3] for call in calls}) > 1:  # a fit is measured on another sample
+            for name in _FITS:
+                for shared, group in _SHARED.items():
+                    for point in range(len(fractions)):
+                        fits = {
+                            call: getattr(errors[point], name) for call, errors in calls.items()
+                        }
+                        held_out = held_out_errors(fits, group, lambda call: call[3])
+                        for call, error in held_out.items():
+                            lists[call].setdefault(f"{name}_{shared}", []).append(error)
+        means = _Means()
+        for call, values in lists.items():
+            means.add(call, values)
+        head = {"measure": "branches", "order": order, "critical": list(fractions)}
+        rows.append({**head, "layer": None, "timestep": None, **means.mean(calls)})
+        for name, at in (("layer", 0), ("timestep", 2)):
+            for value in dict.fromkeys(call[at] for call in calls):
+                mean = means.mean([call for call in calls if call[at] == value])
+                rows.append({**head, "layer": None, "timestep": None, name: value, **mean})
+    return rows
 
 
 class _Means:

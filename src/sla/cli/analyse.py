@@ -91,6 +91,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
                     row["critical"], row["pooled"], row["oracle"], strict=True
                 )
             ]
+        elif row["measure"] == "branches":
+            lines.append(f"  {row['order']} order, two branches: error of O^s, with Proj, as SLA2")
+            fitted = row.get("proj_layer", [float("nan")] * len(row["critical"]))
+            lines += [
+                f"  {k:7.1%}: {sparse:.3f} {proj:.3f} {mixed:.3f}"
+                for k, sparse, proj, mixed in zip(
+                    row["critical"], row["sparse"], fitted, row["mixed"], strict=True
+                )
+            ]
     methods = [row for row in whole if row["measure"] == "method"]
     if methods:
         lines.append("  method, not fine-tuned: exact share, L1 error")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sla.figures import claims, study
+from sla.figures import claims, study, study_attention
 from sla.figures.markdown import markdown as _markdown
 from sla.figures.markdown import origin as _origin
 from sla.figures.multi_gpu import multi_gpu
@@ -620,5 +620,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "metrics_speed": metrics_speed,
     "multi_gpu": multi_gpu,
     "paper_speed": paper_speed,
+    "study_attention": study_attention.attention,
     **study.TABLES,
 }
