@@ -119,6 +119,34 @@ def test_no_frames_are_kept_where_none_are_wanted(study: Path, tmp_path: Path) -
     assert not (tmp_path / "results" / "study" / "frames").exists()
 
 
+def test_times_can_be_measured_apart(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "WINDOW", 2)
+    monkeypatch.setattr(runner, "TIMED_STEPS", 6)
+    two = {
+        "full": {"attention.name": "full", "seeds": [0]},
+        "swapped": {"attention.name": "sla", "zero_shot": True, "seeds": [0]},
+    }
+    arms = changed(study, tmp_path, two={"arms": two})
+    assert run(arms, tmp_path, "--untimed") == 0
+    plain = numbers(read_records(tmp_path / "results"))
+    assert run(arms, tmp_path, "--times", "sampling.batch_size=1") == 0
+    records = read_records(tmp_path / "results")
+    assert numbers(records) == plain  # no other number, and no other run
+    times = {r.arm: {m for _, m in r.rows if m in TIMES} for r in records.runs.values()}
+    assert times == {"full": set(TIMES), "swapped": {"denoise_step_ms"}}
+    for found in records.runs.values():
+        assert (found.value("denoise_step_ms") or 0) > 0
+        assert len(found.sources) == 2
+    assert not list((tmp_path / "runs").glob("*/*/checkpoints/*"))
+    capsys.readouterr()
+    assert run(arms, tmp_path, "--times", "sampling.batch_size=1") == 0
+    assert "0 finished, 0 failed, 2 were done before" in capsys.readouterr().out
+    assert run(arms, tmp_path, "--times", "--untimed") == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
 def test_arms_of_a_seed_are_paired(whole: Path) -> None:
     """All start from the same weights: exact attention's first loss is that of every seed."""
     records = read_records(whole / "results")

@@ -114,6 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
     arms.add_argument(
         "--untimed", action="store_true", help="no times of steps: other processes share the GPU"
     )
+    arms.add_argument(
+        "--times", action="store_true", help="measure times of steps alone, where there are none"
+    )
     arms.add_argument("--list", action="store_true", help="say what is missing, run nothing")
     arms.set_defaults(run=_study)
 
@@ -341,6 +344,7 @@ def _study(options: argparse.Namespace) -> int:
         runs=options.runs,
         retry=options.retry,
         timed=not options.untimed,
+        times=options.times,
         listing=options.list,
     )
 

@@ -35,6 +35,7 @@ def run(
     runs: Path = Path("runs/study"),
     retry: bool = False,
     timed: bool = True,
+    times: bool = False,
     listing: bool = False,
 ) -> int:
     """Run what is missing of a study; returns 1 if an arm failed now.
@@ -48,12 +49,15 @@ def run(
         runs: folder of unfinished runs.
         retry: run again what had failed.
         timed: record the times of steps.
+        times: measure the times of steps alone, of those that have none.
         listing: print what there is and what is missing, run nothing.
 
     Raises:
         StudyError: the study cannot be run; says what would do.
     """
     quiet_lightning()
+    if times and not timed:
+        raise StudyError("--times measures times, which --untimed leaves out; give one of them")
     plan = load_plan(config, overrides)
     number, total = share
     jobs = plan.jobs(arms, groups, seeds)  # mistakes of any arm are said before any is run
@@ -65,7 +69,7 @@ def run(
         return 0
     # A file of its own for each share: they are written at the same time.
     results = StudyResults(out, plan.name if total == 1 else f"{plan.name}-share{number}")
-    outcome = runner.run(jobs, records, results, max_seconds=max_seconds, retry=retry)
+    outcome = runner.run(jobs, records, results, max_seconds=max_seconds, retry=retry, times=times)
     print(f"{config}: {outcome}")
     for name, reason in outcome.failed.items():
         print(f"  {name} failed: {reason}", file=sys.stderr)

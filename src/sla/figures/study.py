@@ -113,7 +113,7 @@ def all_arms(root: Path = RESULTS) -> str:
                 runs = records.of(study, arm)
                 if runs[0].group == group:
                     body.append([group, *_cells(records, study, arm)])
-                    used += [run.source for run in runs]
+                    used += [source for run in runs for source in run.sources]
         text = f"{study}:\n\n{markdown(['group', *_head(study)], body)}" if body else f"{study}:"
         for (_, arm, _, seed), reason in failed.items():
             text += f"\n\n{arm}, seed {seed}: failed, {reason}"
@@ -148,7 +148,7 @@ def curve(root: Path = RESULTS) -> str:
                 cells[step] = _percent(found.estimate)
         steps |= cells.keys()
         lines[arm] = cells
-        used += [run.source for run in runs]
+        used += [source for run in runs for source in run.sources]
     for arm, cells in lines.items():
         body.append([arm, *(cells.get(step, "") for step in sorted(steps))])
     if not body:
@@ -197,7 +197,7 @@ def _paper_table(root: Path, study: str, lines: Sequence[Line], paper: str, want
         assert line.arm is not None
         cells = _cells(records, study, line.arm)
         body.append([line.paper, *cells[1:]])
-        used += [run.source for run in runs]
+        used += [source for run in runs for source in run.sources]
     head = ["method", *_head(study)[1:]]
     ours = f"Ours:\n\n{markdown(head, body)}\n\n{_legend(records, study)}\n\n{_origin(used)}"
     return f"{ours}\n\n{paper}"

@@ -4,7 +4,8 @@ A measurement is a row {"study", "group", "arm", "digest", "seed", "method", "sp
 "metric", "value", "n"}; one that has a value for each clip, prompt or layer keeps them all in
 "values", so that arms can be compared pair by pair. An (arm, seed) ends with a row {..., "status":
 "finished"} or {"status": "failed", "reason"}; measurements without a "finished" after them in their
-file are of a run that was cut off, and do not count.
+file are of a run that was cut off, and do not count. Times of steps can also be measured apart, by
+`study --times`: rows that end with {..., "status": "timed"}, and belong to the (arm, seed)'s run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from numpy.typing import ArrayLike, NDArray
 from sla.results import RESULTS, Results, ResultsError, ResultsFile, read_all
 
 BENCHMARK = "study"
-FINISHED, FAILED = "finished", "failed"
+FINISHED, FAILED, TIMED = "finished", "failed", "timed"
+STEP_TIMES = ("train_step_ms", "denoise_step_ms")
 # Metrics of the evaluator network: share of prompts that it finds shown, `accuracy/colour` of one
 # attribute; Frechet distance of its features to those of real held-out clips.
 ACCURACY, FRECHET = "accuracy", "evaluator_frechet"
@@ -79,6 +81,7 @@ class Run:
         end: its last row.
         rows: its measurements, by (step, metric).
         source: the file.
+        timed: the file of its times, if they were measured apart.
     """
 
     study: str
@@ -89,6 +92,12 @@ class Run:
     end: dict[str, Any]
     rows: dict[tuple[int, str], dict[str, Any]]
     source: Results
+    timed: Results | None = None
+
+    @property
+    def sources(self) -> list[Results]:
+        """The files that its numbers are from."""
+        return [self.source] if self.timed is None else [self.source, self.timed]
 
     @property
     def key(self) -> Key:
@@ -124,11 +133,15 @@ class Records:
         runs: finished ones; of an (arm, seed, digest) the newest.
         failures: reasons of those that failed and were never finished.
         plain: measurements of no arm (the evaluator's of real clips), newest first.
+        times: times of steps that were measured apart, and their file.
     """
 
     runs: dict[Key, Run] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
     plain: list[dict[str, Any]] = field(default_factory=list)
+    times: dict[Key, tuple[dict[tuple[int, str], dict[str, Any]], Results]] = field(
+        default_factory=dict
+    )
 
     def of(self, study: str, arm: str) -> list[Run]:
         """The finished runs of an arm's newest numbers, by seed: those that may be averaged."""
@@ -172,6 +185,10 @@ def read_records(root: Path = RESULTS) -> Records:
     for results in reversed(read_all(BENCHMARK, root)):  # later ones replace earlier ones
         _read(results, found)
     found.plain.reverse()
+    for key, (rows, results) in found.times.items():
+        run = found.runs.get(key)
+        if run is not None and not any(metric in STEP_TIMES for _, metric in run.rows):
+            found.runs[key] = replace(run, rows={**run.rows, **rows}, timed=results)
     return found
 
 
@@ -190,6 +207,8 @@ def _read(results: Results, found: Records) -> None:
             found.runs.pop(key, None)
             found.runs[key] = Run(*key, str(row.get("group", "")), row, rows, results)
             found.failures.pop(key, None)
+        elif status == TIMED:
+            found.times[key] = begun.pop(key, {}), results
         elif status == FAILED:
             begun.pop(key, None)
             if key not in found.runs:

@@ -34,7 +34,16 @@ from sla.study.labels import Prompt, read_prompts
 from sla.study.measure import Draws, measure_attention, proj_norm, triple_losses, validation_batches
 from sla.study.parts import join
 from sla.study.plan import Job, Plan, StudyError
-from sla.study.records import FAILED, FINISHED, Key, Records, StudyResults, measurement
+from sla.study.records import (
+    FAILED,
+    FINISHED,
+    STEP_TIMES,
+    TIMED,
+    Key,
+    Records,
+    StudyResults,
+    measurement,
+)
 from sla.study.videos import (
     Videos,
     check_metrics,
@@ -62,6 +71,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 WINDOW = 20  # training steps that are timed together
+TIMED_STEPS = 5 * WINDOW  # of a run that is for times alone
 
 
 @dataclass
@@ -142,6 +152,7 @@ class Runner:
         *,
         max_seconds: float | None = None,
         retry: bool = False,
+        times: bool = False,
     ) -> Outcome:
         """Run what is missing, in order.
 
@@ -151,6 +162,7 @@ class Runner:
             results: where rows go.
             max_seconds: begin no further step after so long; the run at hand stays resumable.
             retry: run again what had failed.
+            times: measure the times of steps alone, of those that have none.
 
         Raises:
             StudyError: the GPU cannot be used any more in this process.
@@ -159,10 +171,10 @@ class Runner:
         """
         deadline = None if max_seconds is None else time.monotonic() + max_seconds
         outcome = Outcome()
-        without_real_clips = bool(self._shown)
+        without_real_clips = bool(self._shown) and not times
         for job in jobs:
             key, name = self.key(job), f"{job.arm.name}/{job.seed}"
-            if key in records.runs or (key in records.failures and not retry):
+            if _is_done(key, records, retry, times):
                 outcome.before.append(name)
                 continue
             if outcome.left or (deadline is not None and time.monotonic() > deadline):
@@ -181,7 +193,10 @@ class Runner:
                 "method": job.experiment.attention.name,
             }
             try:
-                rows, end = self._run(job, key, deadline, results.root)
+                if times:
+                    rows, end = self._time(job, key)
+                else:
+                    rows, end = self._run(job, key, deadline, results.root)
             except OutOfTimeError:
                 log.info(f"{name}: time is over; the same command goes on with it")
                 outcome.left.append(name)
@@ -194,7 +209,10 @@ class Runner:
                 log.warning(f"{name} failed: {reason}")
             else:
                 results.append(
-                    [*({**common, **row} for row in rows), {**common, "status": FINISHED, **end}]
+                    [
+                        *({**common, **row} for row in rows),
+                        {**common, "status": TIMED if times else FINISHED, **end},
+                    ]
                 )
                 outcome.finished.append(name)
             _clean_up(job.experiment)
@@ -207,25 +225,7 @@ class Runner:
     def _run(self, job: Job, key: Key, deadline: float | None, root: Path) -> tuple[list[Row], Row]:
         """Rows and the last row's own fields; frames go to the results folder `root`."""
         begun = time.monotonic()
-        path = self._path(key)
-        experiment = replace(
-            job.experiment,
-            run=replace(
-                job.experiment.run,
-                dir=str(path.parent),
-                name=path.name,
-                resume="auto",
-                init_weights=str(self.weights),
-            ),
-            # It measures by itself, at the steps of the curve, and on one device.
-            trainer=replace(
-                job.experiment.trainer,
-                val_every=job.experiment.trainer.max_steps + 1,
-                devices="1",
-                strategy="auto",
-                sequence_parallel=1,
-            ),
-        )
+        experiment = self._experiment(job, self._path(key), job.experiment.trainer.max_steps)
         # Of equal digest, all that may differ changes no number: an unfinished run goes on.
         folder = open_run(experiment.run, job.numbers)
         rows = _RowFile(folder.path / "rows.jsonl")
@@ -292,6 +292,56 @@ class Runner:
             "evaluator_sha256": self.evaluator_sha256,
         }
         return found, end
+
+    def _experiment(self, job: Job, path: Path, steps: int) -> Experiment:
+        """The job's, of so many steps, in a folder of its own."""
+        return replace(
+            job.experiment,
+            run=replace(
+                job.experiment.run,
+                dir=str(path.parent),
+                name=path.name,
+                resume="auto",
+                init_weights=str(self.weights),
+            ),
+            # It measures by itself, at the steps of the curve, and on one device.
+            trainer=replace(
+                job.experiment.trainer,
+                max_steps=steps,
+                val_every=steps + 1,
+                devices="1",
+                strategy="auto",
+                sequence_parallel=1,
+            ),
+        )
+
+    def _time(self, job: Job, key: Key) -> tuple[list[Row], Row]:
+        """Rows of the times of steps, and the last row's own fields: a short run, not kept."""
+        begun = time.monotonic()
+        path = self._path(key)
+        experiment = self._experiment(job, path.parent / f"times-{path.name}", TIMED_STEPS)
+        folder = open_run(experiment.run, job.numbers)
+        module = self._module(job, experiment, folder)
+        last = job.arm.curve[-1]
+        rows: list[Row] = []
+        if last:
+            curve = Curve((), lambda *_: None, None, folder.checkpoints / "last.ckpt", WINDOW)
+            trainer = build_trainer(experiment, folder.path, [curve])
+            trainer.fit(module, datamodule=build_data(experiment))
+            assert curve.step_ms is not None  # more than two windows
+            rows.append(measurement(last, "train_step_ms", curve.step_ms))
+        module.to(sampling_device(experiment.trainer))
+        if self.prompts and job.arm.videos:
+            few = self.prompts[: 3 * experiment.sampling.batch_size]
+            sampled = sample_prompts(experiment, module, few)
+            if sampled.step_ms is not None:
+                rows.append(measurement(last, "denoise_step_ms", sampled.step_ms))
+        _remove_checkpoints(folder)
+        return rows, {
+            "wall_seconds": round(time.monotonic() - begun, 1),
+            "compiled": experiment.trainer.compile,
+            "date": _now(),
+        }
 
     def _module(self, job: Job, experiment: Experiment, folder: RunFolder) -> DiffusionModule:
         weights = experiment.run.init_weights
@@ -423,6 +473,14 @@ def _first(batches: Sequence[VideoBatch], count: int) -> VideoBatch:
     values: Any = {name: value[:count] for name, value in batch.items()}  # type: ignore[index]
     clips: VideoBatch = values
     return clips
+
+
+def _is_done(key: Key, records: Records, retry: bool, times: bool) -> bool:
+    run = records.runs.get(key)
+    if times:
+        has_times = run is not None and any(metric in STEP_TIMES for _, metric in run.rows)
+        return has_times or key in records.times
+    return run is not None or (key in records.failures and not retry)
 
 
 def _remove_checkpoints(folder: RunFolder) -> None:
