@@ -62,6 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: one a core where there are videos enough)",
     )
     parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="on a GPU: processes that decode and score in place of this one, each with networks "
+        "of its own on it",
+    )
+    parser.add_argument(
         "--device", help="where metrics compute; default: cuda if there is one, else cpu"
     )
     parser.add_argument(
@@ -100,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             names,
             prompts=None if arguments.prompts is None else read_prompts(arguments.prompts),
             workers=arguments.workers,
+            processes=arguments.processes,
             device=device,
             weights_dir=arguments.weights,
             progress=show,

@@ -104,6 +104,7 @@ def score_folder(
     *,
     prompts: Sequence[Prompt] | None = None,
     workers: int | None = 0,
+    processes: int = 0,
     device: str | torch.device = "cpu",
     weights_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -117,7 +118,7 @@ def score_folder(
         metrics: "all", or names of metrics.
         prompts: the prompts that they were made from (`assign_prompts`); None takes those of the
             JSON files beside the videos.
-        workers, device, weights_dir, progress: see `score_videos`.
+        workers, processes, device, weights_dir, progress: see `score_videos`.
 
     Raises:
         ValueError: no such folder, an unknown metric, no metric, or prompts that do not fit.
@@ -131,6 +132,7 @@ def score_folder(
         classes,
         prompts=assign_prompts(files, prompts),
         workers=workers,
+        processes=processes,
         device=device,
         weights_dir=weights_dir,
         progress=progress,
@@ -144,6 +146,7 @@ def score_files(
     *,
     prompts: Mapping[str, Prompt] | None = None,
     workers: int | None = 0,
+    processes: int = 0,
     device: str | torch.device = "cpu",
     weights_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -157,7 +160,7 @@ def score_files(
         references: videos to compare with, each of the name, frames and size of its video.
         classes: metrics by name (`choose_metrics`); None takes all.
         prompts: {file name: prompt}.
-        workers, device, weights_dir, progress: see `score_videos`.
+        workers, processes, device, weights_dir, progress: see `score_videos`.
 
     Returns:
         A report: {"format", "provenance", "bootstrap", "videos", "metrics", "unreadable"}.
@@ -177,6 +180,7 @@ def score_files(
         references=None if references is None else {path.name: path for path in references},
         prompts=prompts,
         workers=workers,
+        processes=processes,
         device=device,
         weights_dir=weights_dir,
         progress=progress,

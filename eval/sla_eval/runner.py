@@ -150,6 +150,7 @@ def score_videos(
     references: Mapping[str, Path] | None = None,
     prompts: Mapping[str, Prompt] | None = None,
     workers: int | None = 0,
+    processes: int = 0,
     device: str | torch.device = "cpu",
     weights_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -166,6 +167,9 @@ def score_videos(
         prompts: {file name: prompt}.
         workers: processes that decode and score, 0 for this one alone; None chooses. On a GPU
             they are threads that decode, and this process scores.
+        processes: on a GPU, processes that decode and score in place of this one, each with
+            networks of its own on it: many metrics start more small kernels than one Python can.
+            0 is this one alone. No score depends on it.
         device: where the metrics compute.
         weights_dir: folder of the networks' weights (`sla_eval.backbones`).
         progress: called after each video with (done, total, file name).
@@ -174,7 +178,7 @@ def score_videos(
             `BackboneUnavailableError` for those that it has not.
 
     Raises:
-        ValueError: workers below 0, or two videos of one name.
+        ValueError: workers or processes below 0, processes on a CPU, or two videos of one name.
         RuntimeError: worker processes cannot be started.
     """
     files = {path.name: path for path in sorted(videos, key=lambda path: path.name)}
@@ -189,6 +193,10 @@ def score_videos(
         workers = min(8, os.cpu_count() or 1) if on_gpu else default_workers(len(files))
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
+    if processes < 0:
+        raise ValueError(f"processes must be 0 or more, got {processes}")
+    if processes and device.type == "cpu":
+        raise ValueError(f"processes is {processes}, which is for a GPU; on a CPU set workers")
     prompts = prompts or {}
     scores = Scores(files=list(files))
     running: dict[str, MetricClass] = {}
@@ -218,13 +226,15 @@ def score_videos(
 
     jobs = _jobs(files, references or {}, prompts, running, scores)
     results: Iterator[Scored]
-    if device.type != "cpu":
+    if processes:
+        results = _in_processes(jobs, (running, device, weights_dir, load), processes)
+    elif device.type != "cpu":
         scorer = Scorer(running, device, weights_dir, load, side_by_side=True)
         results = _on_one_thread(_with_decoding_threads(jobs, scorer, max(1, workers)))
     elif workers == 0:
         results = _one_by_one(jobs, Scorer(running, device, weights_dir, load))
     else:
-        results = _in_processes(jobs, (running, weights_dir, load), workers)
+        results = _in_processes(jobs, (running, device, weights_dir, load), workers)
     for done, found in enumerate(results, start=1):
         name = found.job.name
         scores.not_available |= found.not_available
@@ -506,8 +516,8 @@ def _start_worker(*setup: Any) -> None:
     global _scorer
     torch.set_num_threads(1)
     try:
-        classes, weights_dir, load = setup
-        _scorer = Scorer(classes, torch.device("cpu"), weights_dir, load)
+        classes, device, weights_dir, load = setup
+        _scorer = Scorer(classes, device, weights_dir, load)
     except Exception as error:  # an initialiser that fails breaks the pool and hides the reason
         _scorer = error
 
@@ -527,8 +537,8 @@ def _is_ready() -> bool:
     return _own_scorer() is not None
 
 
-# What each worker is started with: metrics by name, the folder of weights, and `load`.
-Setup = tuple[Metrics, "str | os.PathLike[str] | None", "Load | None"]
+# What each worker is started with: metrics by name, device, the folder of weights, and `load`.
+Setup = tuple[Metrics, torch.device, "str | os.PathLike[str] | None", "Load | None"]
 
 
 def _pool(setup: Setup, workers: int) -> ProcessPoolExecutor:

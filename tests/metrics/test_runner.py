@@ -178,6 +178,16 @@ def test_processes_and_order_never_change_a_score(sets: tuple[list[Path], list[P
             assert list(found.values[name]) == list(values)  # files in the order of names
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_processes_on_a_gpu_give_the_same(sets: tuple[list[Path], list[Path]]) -> None:
+    videos, references = sets
+    given = {"references": by_name(references), "device": "cuda"}
+    expected = score_videos(videos, CLASSES, **given)
+    assert len(expected.values["psnr"]) == 5
+    assert score_videos(videos, CLASSES, **given, processes=2) == expected
+
+
 def test_threads_ahead_of_a_device_give_the_same(sets: tuple[list[Path], list[Path]]) -> None:
     """The way of a GPU, computing on the CPU."""
     classes = CLASSES | FLOWS
@@ -364,6 +374,10 @@ def test_metrics_that_workers_cannot_import_are_refused(
 def test_bad_arguments_are_refused(sets: tuple[list[Path], list[Path]]) -> None:
     with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
         score_videos(sets[0], CLASSES, workers=-1)
+    with pytest.raises(ValueError, match="processes must be 0 or more, got -2"):
+        score_videos(sets[0], CLASSES, processes=-2)
+    with pytest.raises(ValueError, match="processes is 2, which is for a GPU; on a CPU set work"):
+        score_videos(sets[0], CLASSES, processes=2)
     with pytest.raises(ValueError, match="different file names, got 8 names for 9"):
         score_videos([*sets[0], sets[0][0]], CLASSES)
 

@@ -50,6 +50,9 @@ def add_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=256, help="its height and width in pixels")
     parser.add_argument("--workers", type=int, help="processes or threads; default: one a core")
     parser.add_argument(
+        "--processes", type=int, default=0, help="that score on the GPU in place of this one"
+    )
+    parser.add_argument(
         "--repeats",
         type=int,
         default=3,
@@ -153,7 +156,9 @@ def measure(
     if options.random_weights:
         load = random_backbone
         if not on_cpu:  # all rows share the networks: those of one process
-            load = functools.cache(functools.partial(random_backbone, device=device))
+            load = functools.partial(random_backbone, device=device)
+            if not options.processes:
+                load = functools.cache(load)
     without = {name: cls for name, cls in classes.items() if not cls.backbones}
     groups: dict[str, Mapping[str, Any]] = {"decode": {}, "all": classes}
     groups |= {"all without weights": without}
@@ -166,6 +171,9 @@ def measure(
             continue
         arguments = (group, folder, device)
         common: dict[str, Any] = {"weights_dir": options.weights, "load": load}
+        processes = 0 if name == "decode" else options.processes
+        if processes:
+            common["processes"] = processes
         rates: list[float] = []
         per_core = busy = error = None
         try:
@@ -177,7 +185,7 @@ def measure(
                     options.repeats, *arguments, workers=0, clock=time.process_time, **common
                 )
                 per_core = max(found)
-            elif group:
+            elif group and not processes:  # other processes' kernels are not seen
                 busy = gpu_busy(*arguments, workers=workers, **common)
         except Exception as caught:  # whatever a network raises; the other rows go on
             error = f"{type(caught).__name__}: {' '.join(str(caught).split())[:300]}"
@@ -193,7 +201,8 @@ def measure(
                 "needs_weights": any(cls.backbones for cls in group.values()),
                 "needs_reference": any(cls.needs_reference for cls in group.values()),
                 "device": device,
-                "workers": 0 if name == "decode" and on_cpu else workers,
+                "workers": processes or (0 if name == "decode" and on_cpu else workers),
+                "processes": processes,
                 "videos": options.videos,
                 "frames": options.frames,
                 "height": options.size,
@@ -256,6 +265,7 @@ def videos_per_second(
     clock: Callable[[], float] = time.perf_counter,
     *,
     load: Callable[[str], torch.nn.Module] | None = None,
+    processes: int = 0,
     in_threads: bool = False,
 ) -> float:
     """Rate once every process runs: from the first results to the last.
@@ -263,7 +273,7 @@ def videos_per_second(
     Args:
         classes: metrics by name; none is decoding alone, in this thread unless `in_threads`.
         folder: with the videos and references of `write_videos`.
-        device, workers, weights_dir, load: see `sla_eval.runner.score_videos`.
+        device, workers, weights_dir, load, processes: see `sla_eval.runner.score_videos`.
         clock: in seconds.
         in_threads: whether the runner's threads decode.
 
@@ -279,9 +289,12 @@ def videos_per_second(
             decode_video(path)
             times.append(clock())
         return (len(times) - 1) / (times[-1] - times[0])
-    _score(classes, folder, device, workers, weights_dir, load, lambda: times.append(clock()))
-    # Results come in order, those of other processes at once: the first `workers` are a warm-up.
-    first = min(max(1, workers), len(times) - 2)
+    _score(
+        *(classes, folder, device, workers, weights_dir, load, lambda: times.append(clock())),
+        processes=processes,
+    )
+    # Results come in order, those of other processes at once: the first of each are a warm-up.
+    first = min(max(1, processes or workers), len(times) - 2)
     return (len(times) - 1 - first) / (times[-1] - times[first])
 
 
@@ -294,6 +307,7 @@ def _score(
     load: Callable[[str], torch.nn.Module] | None,
     after_each: Callable[[], None],
     most: int | None = None,
+    processes: int = 0,
 ) -> None:
     """Score the videos, the first `most` of them; arguments and errors as of
     `videos_per_second`."""
@@ -312,6 +326,7 @@ def _score(
         references=references,
         prompts={path.name: Prompt("a grey pattern that moves") for path in videos},
         workers=workers,
+        processes=processes,
         device=device,
         weights_dir=weights_dir,
         progress=lambda *_: after_each(),

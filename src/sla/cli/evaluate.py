@@ -283,6 +283,7 @@ def score(
             classes,
             prompts=named,
             workers=config.workers,
+            processes=config.processes if sampling_device(experiment.trainer).type != "cpu" else 0,
             device=sampling_device(experiment.trainer),
             weights_dir=config.weights_dir or None,
         )

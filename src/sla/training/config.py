@@ -285,6 +285,8 @@ class EvalConfig:
         require: fail if a metric is not available.
         weights_dir: folder of the metrics' networks; empty for the default one.
         workers: processes that score on a CPU, threads that decode on a GPU; null chooses.
+        processes: processes that score on one GPU, each with networks of its own; 0 is this one
+            alone. Not looked at on a CPU.
         validation: measure validation loss and attention error too.
         reuse: keep videos that the same weights, prompt, seed and sampling have made before.
     """
@@ -297,6 +299,7 @@ class EvalConfig:
     require: bool = False
     weights_dir: str = ""
     workers: int | None = None
+    processes: int = 0
     validation: bool = True
     reuse: bool = True
 
@@ -305,6 +308,7 @@ class EvalConfig:
         _require(bool(self.metrics), "eval.metrics", self.metrics, "['all'] or names of metrics")
         given = self.workers
         _require(given is None or given >= 0, "eval.workers", given, "null or >= 0")
+        _require(self.processes >= 0, "eval.processes", self.processes, ">= 0")
 
 
 @dataclass
