@@ -87,7 +87,9 @@ def test_query_blocks_are_some_of_the_whole_ones() -> None:
         query[chosen], key, value, chosen, GRID, tile=None, critical=[0.25], block=BLOCK
     )
     assert some.sparse == same.sparse
-    with pytest.raises(ValueError, match="no block of 16 queries is whole"):
+    with pytest.raises(
+        ValueError, match="raster order is whole among the 8 captured rows of 128 tok"
+    ):
         branch_errors(
             query[:8], key, value, EVERY[:8], GRID, tile=None, critical=[0.25], block=BLOCK
         )

@@ -19,9 +19,8 @@ from sla_kernels import classify_blocks, linear_attention
 from sla_kernels.block_map import CRITICAL, MARGINAL
 from torch import Tensor
 
-from sla.analysis.routing import Grid, whole_blocks
+from sla.analysis.routing import Grid, evenly, ordered_blocks
 from sla.analysis.weights import attention_weights
-from sla.attention.token_order import tile_order
 
 K = TypeVar("K", bound=Hashable)
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 10.0)
@@ -164,15 +163,8 @@ def branch_errors(
         ValueError: no query block of this order is among the rows as a whole.
     """
     tokens = key.shape[0]
-    order = torch.arange(tokens) if tile is None else tile_order(grid, tile)
-    blocks = whole_blocks(rows.cpu(), tokens, block, order)
-    if not len(blocks):
-        raise ValueError(
-            f"no block of {block} queries is whole among the {len(rows)} captured rows"
-        )
-    count = min(query_blocks, len(blocks))
-    chosen = blocks[((2 * torch.arange(count) + 1) * len(blocks)) // (2 * count)]
-    order, places = order.to(key.device), chosen.flatten().to(query.device)
+    order, blocks = ordered_blocks(rows, tokens, block, grid, tile, key.device)
+    places = blocks[evenly(blocks, query_blocks)].flatten()
     query, key, value = query[places].float(), key[order].float(), value[order].float()
     weights = attention_weights(query, key)
     exact = weights @ value

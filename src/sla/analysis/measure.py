@@ -19,7 +19,7 @@ from sla.analysis.branches import BranchErrors, branch_errors, held_out_errors
 from sla.analysis.capture_files import Capture, Captured
 from sla.analysis.capture_qkv import CaptureError
 from sla.analysis.methods import Case, MethodError, method_cases, method_error
-from sla.analysis.routing import routing_recall
+from sla.analysis.routing import evenly, routing_recall
 from sla.analysis.weights import (
     attention_weights,
     drop_errors,
@@ -148,12 +148,6 @@ def measure(
 _PLACE = ("layer", "head", "timestep")
 
 
-def evenly(rows: Tensor, count: int) -> Tensor:
-    """Indices of at most `count` of the rows, evenly spaced, each in the middle of its part."""
-    count = min(count, len(rows))
-    return ((2 * torch.arange(count) + 1) * len(rows)) // (2 * count)
-
-
 def _of_head(
     captured: Captured, index: int, config: MeasureConfig, device: torch.device | str
 ) -> tuple[dict[str, Row], tuple[Tensor, Tensor]]:
@@ -259,11 +253,7 @@ def _branch_rows(
         for call, values in lists.items():
             means.add(call, values)
         head = {"measure": "branches", "order": order, "critical": list(fractions)}
-        rows.append({**head, "layer": None, "timestep": None, **means.mean(calls)})
-        for name, at in (("layer", 0), ("timestep", 2)):
-            for value in dict.fromkeys(call[at] for call in calls):
-                mean = means.mean([call for call in calls if call[at] == value])
-                rows.append({**head, "layer": None, "timestep": None, name: value, **mean})
+        rows += _whole_and_parts(head, means, list(calls), {"layer": 0, "timestep": 2})
     return rows
 
 
@@ -327,6 +317,19 @@ def _histogram_rows(found: Mapping[int, Sequence[tuple[Tensor, Tensor]]]) -> lis
     return rows + [row(layer, parts) for layer, parts in found.items()]
 
 
+def _whole_and_parts(
+    head: Row, means: _Means, keys: Sequence[tuple[Any, ...]], parts: Mapping[str, int]
+) -> list[Row]:
+    """Means over all keys, and by each of some of their parts: its name, and its place in a key."""
+    nowhere = dict.fromkeys(parts)
+    rows = [{**head, **nowhere, **means.mean(keys)}]
+    for name, place in parts.items():
+        for value in dict.fromkeys(key[place] for key in keys):
+            mean = means.mean([key for key in keys if key[place] == value])
+            rows.append({**head, **nowhere, name: value, **mean})
+    return rows
+
+
 def _method_rows(found: _Means, cases: Sequence[Case]) -> list[Row]:
     """By case: over everything, by layer, and by timestep."""
     rows = []
@@ -336,11 +339,7 @@ def _method_rows(found: _Means, cases: Sequence[Case]) -> list[Row]:
             continue
         numbers = {"critical": getattr(case.config, "critical", None)}
         head = {"measure": "method", "method": case.label, "default": case.default, **numbers}
-        rows.append({**head, "layer": None, "timestep": None, **found.mean(keys)})
-        for name, place in (("layer", 1), ("timestep", 2)):
-            for value in dict.fromkeys(key[place] for key in keys):
-                mean = found.mean([key for key in keys if key[place] == value])
-                rows.append({**head, "layer": None, "timestep": None, name: value, **mean})
+        rows += _whole_and_parts(head, found, keys, {"layer": 1, "timestep": 2})
     return rows
 
 

@@ -36,6 +36,34 @@ def whole_blocks(rows: Tensor, tokens: int, block: int, order: Tensor) -> Tensor
     return blocks[(blocks >= 0).all(dim=1)]
 
 
+def evenly(rows: Tensor, count: int) -> Tensor:
+    """Indices of at most `count` of the rows, evenly spaced, each in the middle of its part."""
+    count = min(count, len(rows))
+    return ((2 * torch.arange(count) + 1) * len(rows)) // (2 * count)
+
+
+def ordered_blocks(
+    rows: Tensor, tokens: int, block: int, grid: Grid, tile: Grid | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A token order, int64 (N,), and `whole_blocks` of it; None is raster order.
+
+    Raises:
+        ValueError: no query block of this order is among the rows as a whole.
+    """
+    if tile is None:
+        order = torch.arange(tokens, device=device)
+    else:
+        order = tile_order(grid, tile, device)
+    blocks = whole_blocks(rows.to(device), tokens, block, order)
+    if not len(blocks):
+        raise ValueError(
+            f"no block of {block} queries in {_name(tile)} is whole among the {len(rows)} "
+            f"captured rows of {tokens} tokens; capture with --query-blocks all, or analyse with "
+            "a smaller --block"
+        )
+    return order, blocks
+
+
 def block_mass(query: Tensor, key: Tensor, block_q: int, block_kv: int) -> Tensor:
     """Attention of each query block on each key block, mean over its queries; rows sum to one.
 
@@ -98,17 +126,7 @@ def routing_recall(
         ValueError: no query block of this order is among the rows as a whole.
     """
     tokens = key.shape[0]
-    if tile is None:
-        order = torch.arange(tokens, device=key.device)
-    else:
-        order = tile_order(grid, tile, key.device)
-    blocks = whole_blocks(rows.to(key.device), tokens, block_q, order)
-    if not len(blocks):
-        raise ValueError(
-            f"no block of {block_q} queries in {_name(tile)} is whole among the {len(rows)} "
-            "captured rows of {tokens} tokens; capture with --query-blocks all, or analyse with "
-            "a smaller --block"
-        )
+    order, blocks = ordered_blocks(rows, tokens, block_q, grid, tile, key.device)
     query, key = query[blocks.flatten()].float(), key[order].float()
     mass = block_mass(query, key, block_q, block_kv)
     best = mass.sort(dim=-1, descending=True).values
@@ -144,4 +162,11 @@ def _name(tile: Grid | None) -> str:
     return "raster order" if tile is None else f"tiles of {'x'.join(map(str, tile))}"
 
 
-__all__ = ["Recall", "block_mass", "routing_recall", "whole_blocks"]
+__all__ = [
+    "Recall",
+    "block_mass",
+    "evenly",
+    "ordered_blocks",
+    "routing_recall",
+    "whole_blocks",
+]

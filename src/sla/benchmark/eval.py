@@ -290,7 +290,13 @@ def videos_per_second(
             times.append(clock())
         return (len(times) - 1) / (times[-1] - times[0])
     _score(
-        *(classes, folder, device, workers, weights_dir, load, lambda: times.append(clock())),
+        classes,
+        folder,
+        device,
+        workers,
+        weights_dir,
+        load,
+        lambda: times.append(clock()),
         processes=processes,
     )
     # Results come in order, those of other processes at once: the first of each are a warm-up.

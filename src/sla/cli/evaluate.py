@@ -266,6 +266,7 @@ def score(
     """A report a method; all but the first are compared with the first one's videos."""
     config = experiment.eval
     reference = methods[0]
+    device = sampling_device(experiment.trainer)
     dimensions = {}
     if config.prompts:
         dimensions = {p.text: p.dimensions for p in read_prompts(config.prompts)}
@@ -283,8 +284,8 @@ def score(
             classes,
             prompts=named,
             workers=config.workers,
-            processes=config.processes if sampling_device(experiment.trainer).type != "cpu" else 0,
-            device=sampling_device(experiment.trainer),
+            processes=0 if device.type == "cpu" else config.processes,
+            device=device,
             weights_dir=config.weights_dir or None,
         )
     return scores

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sla.results import read_all
+from sla.results import Results, read_all
 from sla.study.records import Records
 from sla.study.statistics import Estimate, paired_difference
 
@@ -195,18 +195,28 @@ def _flops(arm: str, most: float) -> Judge:
     return judge
 
 
+def own_captures(records: Records, root: Path) -> list[Results]:
+    """Records of the attention of the model that the video arms start from, newest first.
+
+    Captures of other models, such as the demo's, say nothing of this one.
+    """
+    ours = {run.end.get("weights_sha256") for run in records.comparable(VIDEO)} - {None}
+    return [
+        results
+        for results in read_all("analysis", root)
+        if {row.get("weights_sha256") for row in results.rows} & ours
+    ]
+
+
 def _weights(field: str, holds: Callable[[float], bool]) -> Judge:
     """Whether a share of attention weights, mean over all, is as the paper says."""
 
     def judge(records: Records, root: Path) -> Verdict:
-        # Captures of other models, such as the demo's, say nothing of this one.
-        ours = {run.end.get("weights_sha256") for run in records.comparable(VIDEO)} - {None}
-        for results in read_all("analysis", root):
-            captured = {row.get("weights_sha256") for row in results.rows} - {None}
+        for results in own_captures(records, root):
             for row in results.rows:
                 whole = all(row.get(name) is None for name in ("layer", "head", "timestep"))
                 whole = whole and row.get("measure") == "weights" and field in row
-                if whole and captured & ours:
+                if whole:
                     value = float(row[field])
                     return Verdict(HOLDS if holds(value) else FAILS, f"{value:.1%}")
         return Verdict(MISSING)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sla.figures import claims
 from sla.figures.markdown import markdown, origin
-from sla.figures.study import VIDEO
-from sla.results import RESULTS, Results, read_all
+from sla.results import RESULTS, Results
 from sla.study.records import read_records
 
 Row = dict[str, Any]
@@ -30,9 +30,10 @@ _OUTPUTS = (
 
 def attention(root: Path = RESULTS) -> str:
     """Recall of the routing, and how far two branches are from exact attention."""
-    found = _newest(root)
-    if found is None:
+    captures = claims.own_captures(read_records(root), root)
+    if not captures:
         return _NONE
+    found = captures[0]
     recall, branches = (_by_order(found, name) for name in ("recall", "branches"))
     body = []
     for order, row in recall.items():
@@ -50,15 +51,6 @@ def attention(root: Path = RESULTS) -> str:
         head = ["blocks of", "critical", "m", *(text for _, text in _OUTPUTS)]
         parts.append(markdown(head, body))
     return "\n\n".join([*parts, origin([found])])
-
-
-def _newest(root: Path) -> Results | None:
-    """The newest record of a capture of the model that the video arms start from."""
-    ours = {run.end.get("weights_sha256") for run in read_records(root).comparable(VIDEO)} - {None}
-    for results in read_all("analysis", root):
-        if {row.get("weights_sha256") for row in results.rows} & ours:
-            return results
-    return None
 
 
 def _by_order(found: Results, measure: str) -> dict[str, Row]:

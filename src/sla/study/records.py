@@ -95,6 +95,11 @@ class Run:
     timed: Results | None = None
 
     @property
+    def has_times(self) -> bool:
+        """Whether the times of its steps were measured."""
+        return any(metric in STEP_TIMES for _, metric in self.rows)
+
+    @property
     def sources(self) -> list[Results]:
         """The files that its numbers are from."""
         return [self.source] if self.timed is None else [self.source, self.timed]
@@ -187,7 +192,7 @@ def read_records(root: Path = RESULTS) -> Records:
     found.plain.reverse()
     for key, (rows, results) in found.times.items():
         run = found.runs.get(key)
-        if run is not None and not any(metric in STEP_TIMES for _, metric in run.rows):
+        if run is not None and not run.has_times:
             found.runs[key] = replace(run, rows={**run.rows, **rows}, timed=results)
     return found
 

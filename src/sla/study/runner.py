@@ -37,7 +37,6 @@ from sla.study.plan import Job, Plan, StudyError
 from sla.study.records import (
     FAILED,
     FINISHED,
-    STEP_TIMES,
     TIMED,
     Key,
     Records,
@@ -478,8 +477,7 @@ def _first(batches: Sequence[VideoBatch], count: int) -> VideoBatch:
 def _is_done(key: Key, records: Records, retry: bool, times: bool) -> bool:
     run = records.runs.get(key)
     if times:
-        has_times = run is not None and any(metric in STEP_TIMES for _, metric in run.rows)
-        return has_times or key in records.times
+        return key in records.times or (run is not None and run.has_times)
     return run is not None or (key in records.failures and not retry)
 
 
