@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and locks."""
 
 from __future__ import annotations
 
@@ -34,6 +34,30 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise OSError(error.errno, f"cannot write: {reason}", str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock that one process of a machine has at a time; given back when it dies.
+
+    Args:
+        path: the lock's file; made, with its folder, and left behind.
+        wait: until it is free.
+
+    Yields:
+        Whether it is held: False only without `wait`, where another one has it.
+    """
+    import fcntl
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

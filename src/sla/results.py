@@ -8,6 +8,7 @@ else.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -114,7 +115,8 @@ class ResultsFile:
         seed, command: see `provenance`.
 
     Attributes:
-        path: the file; made by the first row. Never one that was there before.
+        path: the file; made by the first row. Never one that was there before: its name is final
+            only then, as another process may begin a file at the same time.
     """
 
     def __init__(
@@ -127,15 +129,27 @@ class ResultsFile:
         command: Sequence[str] | None = None,
     ) -> None:
         self._head = provenance(seed, command)
-        stem = _stem(self._head) + (f"-{label}" if label else "")
-        self.path = _new_path(root / benchmark, stem)
+        self._stem = _stem(self._head) + (f"-{label}" if label else "")
+        self._begun = False
+        self.path = _new_path(root / benchmark, self._stem)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one measurement."""
-        lines = [row] if self.path.exists() else [{"provenance": self._head}, row]
+        if self._begun:
+            _write(self.path, "a", [row])
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        while not self._begun:  # another process may have begun a file of this name since
+            try:
+                _write(self.path, "x", [{"provenance": self._head}, row])
+                self._begun = True
+            except FileExistsError:
+                self.path = _new_path(self.path.parent, self._stem)
+
+
+def _write(path: Path, mode: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @dataclass(frozen=True)
@@ -149,19 +163,26 @@ class Measurement:
 def read_results(path: Path) -> Results:
     """Read a results file.
 
+    A row at the end that is cut off is being written, or of a process that was killed, and is left
+    out.
+
     Raises:
         ResultsError: it is not one.
     """
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        *whole, last = path.read_text().split("\n")
+        lines = [json.loads(line) for line in whole if line.strip()]
+        with contextlib.suppress(json.JSONDecodeError):
+            lines += [json.loads(last)]
         return Results(path, lines[0]["provenance"], lines[1:])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ResultsError(f"{path} is not a results file: {error}") from error
 
 
 def read_all(benchmark: str, root: Path = RESULTS) -> list[Results]:
-    """All files of a benchmark, newest first."""
-    found = [read_results(path) for path in sorted((root / benchmark).glob("*.jsonl"))]
+    """All files of a benchmark that have been begun, newest first."""
+    paths = sorted((root / benchmark).glob("*.jsonl"))
+    found = [read_results(path) for path in paths if path.stat().st_size]
     return sorted(found, key=lambda results: results.provenance["date"], reverse=True)
 
 

@@ -68,6 +68,31 @@ def test_a_file_grows_and_never_replaces_another(tmp_path: Path) -> None:
     assert len(read_results(first.path).rows) == 2
 
 
+def test_files_of_one_name_that_are_begun_together_stay_two(tmp_path: Path) -> None:
+    files = [ResultsFile("speed", root=tmp_path, command=["bench"]) for _ in range(2)]
+    assert files[0].path == files[1].path
+    for ms in (1.0, 2.0):
+        for number, file in enumerate(files):
+            file.append({"ms": ms, "file": number})
+    assert files[0].path != files[1].path
+    for number, file in enumerate(files):
+        rows = [{"ms": 1.0, "file": number}, {"ms": 2.0, "file": number}]
+        assert read_results(file.path).rows == rows
+
+
+def test_a_row_that_was_not_written_to_its_end_is_left_out(tmp_path: Path) -> None:
+    """Its writer was killed, the disk was full, or it is being written."""
+    file = ResultsFile("speed", root=tmp_path, command=["bench"])
+    for ms in (1.0, 2.0):
+        file.append({"ms": ms})
+    text = file.path.read_text()
+    for missing, found in ((1, [1.0, 2.0]), (2, [1.0]), (4, [1.0])):  # the first: its line break
+        file.path.write_text(text[:-missing])
+        assert read_results(file.path).rows == [{"ms": ms} for ms in found]
+    (tmp_path / "speed" / "begun.jsonl").touch()
+    assert [r.path for r in read_all("speed", tmp_path)] == [file.path]
+
+
 def test_runs_of_one_commit_and_day_do_not_replace_each_other(tmp_path: Path) -> None:
     first, second = (write_results("speed", [{"ms": ms}], root=tmp_path) for ms in (1.0, 2.0))
     assert [read_results(path).rows for path in (first, second)] == [[{"ms": 1.0}], [{"ms": 2.0}]]

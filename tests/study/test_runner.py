@@ -187,6 +187,35 @@ def test_shares_are_all_of_it_and_write_files_of_their_own(
     assert "'0/2' is not I/N with 1 <= I <= N" in capsys.readouterr().err
 
 
+def test_processes_with_the_same_folders_take_each_run_once(
+    study: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another one comes while this one is at its first run, and does the other three."""
+    begun: list[tuple[str, int]] = []
+    alone = runner.Runner._run
+
+    def beside(self: runner.Runner, job: Any, *rest: Any) -> Any:
+        begun.append((job.arm.name, job.seed))
+        if len(begun) == 1:
+            assert run(study, tmp_path) == 0
+            assert (
+                "3 finished, 0 failed, 0 were done before, 0 are left, another process is at 1"
+                in (capsys.readouterr().out)
+            )
+        return alone(self, job, *rest)
+
+    monkeypatch.setattr(runner.Runner, "_run", beside)
+    assert run(study, tmp_path) == 0
+    assert "1 finished, 0 failed, 3 were done before, 0 are left\n" in capsys.readouterr().out
+    assert begun == [("full", 0), ("sla", 0), ("full", 1), ("sla", 1)]
+    assert len(list((tmp_path / "results" / "study").glob("*.jsonl"))) == 2
+    assert numbers(read_records(tmp_path / "results")) == numbers(read_records(whole / "results"))
+
+
 def test_a_study_that_was_killed_goes_on_to_the_same_numbers(
     study: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-seconds", type=float, metavar="N", help="begin no step after so long; resumable"
     )
     arms.add_argument(
-        "--share", type=_share, metavar="I/N", help="every N-th run from the I-th, for N GPUs"
+        "--share", type=_share, metavar="I/N", help="every N-th run from the I-th, for N machines"
     )
     arms.add_argument("--out", type=Path, default=Path("results"), help="results folder")
     arms.add_argument("--runs", type=Path, default=Path("runs/study"), help="unfinished runs")

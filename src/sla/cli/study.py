@@ -42,8 +42,8 @@ def run(
 
     Args:
         arms, groups, seeds: of those alone; none for all.
-        share: (i, n) takes every n-th of these from the i-th on, so that n processes with a GPU
-            each, on one machine or several, do all of it.
+        share: (i, n) takes every n-th of these from the i-th on, so that n machines do all of it.
+            Processes with the same folders need none: each takes what no other is at.
         max_seconds: begin no further step after so long.
         out: the results folder, read for what is finished and written.
         runs: folder of unfinished runs.
@@ -67,7 +67,7 @@ def run(
     if listing:
         _list(jobs, runner, records)
         return 0
-    # A file of its own for each share: they are written at the same time.
+    # Of its own name for each share: they come together in one folder later.
     results = StudyResults(out, plan.name if total == 1 else f"{plan.name}-share{number}")
     outcome = runner.run(jobs, records, results, max_seconds=max_seconds, retry=retry, times=times)
     print(f"{config}: {outcome}")

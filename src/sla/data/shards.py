@@ -27,9 +27,9 @@ import threading
 import time
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from tqdm import tqdm
 from sla.data.decode import shown_size
 from sla.data.manifest import DataError
 from sla.data.video import VIDEO_SUFFIXES, VideoError
-from sla.files import atomic_path, sha256, stable_number, write_text
+from sla.files import atomic_path, locked, sha256, stable_number, write_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -187,7 +187,7 @@ class ShardStore:
                 raise ShardError(f"no shard {url}")
             return Path(url)
         path = self.folder / "shards" / f"{sha256(url.encode())[:24]}.tar"
-        with _locked(path):
+        with locked(path.with_suffix(".lock")):
             if path.is_file():
                 os.utime(path)  # used last now
             else:
@@ -253,16 +253,6 @@ def _transfer(url: str, target: Path, progress: Callable[[], None]) -> None:
     system, path = fsspec.core.url_to_fs(url)
     system.get_file(path, os.fspath(target), callback=Progress())
     progress()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    import fcntl
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process dies, however it does
-        yield
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 A finished (arm, seed) has its rows in results/study and is never run again, wherever they were
 made: only these files need to travel. A run that was cut off goes on from its folder under `runs`.
+Several processes with the same folders do a study together: each takes what no other is at.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from sla.attention import FullConfig
 from sla.config import to_dict
 from sla.data.module import VideoBatch, VideoDataModule
-from sla.files import file_sha256, write_text
+from sla.files import file_sha256, locked, write_text
 from sla.seeds import drawing
 from sla.study.callbacks import Curve, OutOfTimeError
 from sla.study.evaluator import Evaluator, load_evaluator
@@ -42,6 +43,7 @@ from sla.study.records import (
     Records,
     StudyResults,
     measurement,
+    read_records,
 )
 from sla.study.videos import (
     Videos,
@@ -82,17 +84,20 @@ class Outcome:
         failed: failed now; their reasons are recorded.
         before: were finished, or had failed, before.
         left: not done when time was over.
+        elsewhere: another process is at them.
     """
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     before: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
+        others = f", another process is at {len(self.elsewhere)}" if self.elsewhere else ""
         return (
             f"{len(self.finished)} finished, {len(self.failed)} failed, {len(self.before)} were "
-            f"done before, {len(self.left)} are left"
+            f"done before, {len(self.left)} are left{others}"
         )
 
 
@@ -179,43 +184,68 @@ class Runner:
             if outcome.left or (deadline is not None and time.monotonic() > deadline):
                 outcome.left.append(name)
                 continue
-            if without_real_clips:
-                self._keep_real_clips(results.root)
-                without_real_clips = False
-            log.info(f"{name}: {job.arm.group}, {key[2]}")
-            common = {
-                "study": self.plan.name,
-                "group": job.arm.group,
-                "arm": job.arm.name,
-                "digest": key[2],
-                "seed": job.seed,
-                "method": job.experiment.attention.name,
-            }
-            try:
-                if times:
-                    rows, end = self._time(job, key)
-                else:
-                    rows, end = self._run(job, key, deadline, results.root)
-            except OutOfTimeError:
-                log.info(f"{name}: time is over; the same command goes on with it")
-                outcome.left.append(name)
-            except Exception as error:
-                first = (str(error).strip().splitlines() or [""])[0]
-                reason = f"{type(error).__name__}: {first}"
-                write_text(self._path(key) / "failure.txt", traceback.format_exc())
-                results.append([{**common, "status": FAILED, "reason": reason, "date": _now()}])
-                outcome.failed[name] = reason
-                log.warning(f"{name} failed: {reason}")
-            else:
-                results.append(
-                    [
-                        *({**common, **row} for row in rows),
-                        {**common, "status": TIMED if times else FINISHED, **end},
-                    ]
-                )
-                outcome.finished.append(name)
-            _clean_up(job.experiment)
+            with locked(self._lock(key, times), wait=False) as mine:
+                if not mine:
+                    log.info(f"{name}: another process is at it")
+                    outcome.elsewhere.append(name)
+                    continue
+                if _is_done(key, read_records(results.root), retry, times):  # by another, since
+                    outcome.before.append(name)
+                    continue
+                if without_real_clips:
+                    self._keep_real_clips(results.root)
+                    without_real_clips = False
+                self._do(job, key, results, outcome, deadline, times)
         return outcome
+
+    def _do(
+        self,
+        job: Job,
+        key: Key,
+        results: StudyResults,
+        outcome: Outcome,
+        deadline: float | None,
+        times: bool,
+    ) -> None:
+        """Run a job and write its rows, or the reason why it failed."""
+        name = f"{job.arm.name}/{job.seed}"
+        log.info(f"{name}: {job.arm.group}, {key[2]}")
+        common = {
+            "study": self.plan.name,
+            "group": job.arm.group,
+            "arm": job.arm.name,
+            "digest": key[2],
+            "seed": job.seed,
+            "method": job.experiment.attention.name,
+        }
+        try:
+            if times:
+                rows, end = self._time(job, key)
+            else:
+                rows, end = self._run(job, key, deadline, results.root)
+        except OutOfTimeError:
+            log.info(f"{name}: time is over; the same command goes on with it")
+            outcome.left.append(name)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            reason = f"{type(error).__name__}: {first}"
+            write_text(self._path(key) / "failure.txt", traceback.format_exc())
+            results.append([{**common, "status": FAILED, "reason": reason, "date": _now()}])
+            outcome.failed[name] = reason
+            log.warning(f"{name} failed: {reason}")
+        else:
+            results.append(
+                [
+                    *({**common, **row} for row in rows),
+                    {**common, "status": TIMED if times else FINISHED, **end},
+                ]
+            )
+            outcome.finished.append(name)
+        _clean_up(job.experiment)
+
+    def _lock(self, key: Key, times: bool) -> Path:
+        path = self._path(key)
+        return path.parent / f"{'times-' if times else ''}{path.name}.lock"
 
     def _path(self, key: Key) -> Path:
         study, arm, digest, seed = key
