@@ -4,7 +4,8 @@
 
 routes blocks into critical (exact attention), marginal (linear attention) and negligible (skipped)
 and computes O = O^s + Proj(O^l), differentiably. `classify_blocks` gives the routing alone,
-`sparse_attention` and `linear_attention` one branch. Tensors are (batch, heads, tokens, head_dim)
+`sparse_attention` and `linear_attention` one branch; `sparse_pooled_attention` has the mean of each
+marginal block in place of linear attention. Tensors are (batch, heads, tokens, head_dim)
 with any strides. Needs nothing but torch, and Triton for the fused kernels.
 
 Backends: `triton` (fused kernels, forward and backward, taken on a GPU), `eager` (block-gather
@@ -28,6 +29,7 @@ from sla_kernels.operator import (
     register_backend,
     sparse_attention,
     sparse_linear_attention,
+    sparse_pooled_attention,
 )
 
 __all__ = [
@@ -45,4 +47,5 @@ __all__ = [
     "register_feature_map",
     "sparse_attention",
     "sparse_linear_attention",
+    "sparse_pooled_attention",
 ]

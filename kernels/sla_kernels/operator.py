@@ -20,6 +20,7 @@ from torch import Tensor
 from sla_kernels import eager, reference
 from sla_kernels.block_map import BlockMap, all_marginal, route
 from sla_kernels.feature_maps import FeatureMap, get_feature_map
+from sla_kernels.pooled import merge_pooled
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -307,6 +308,39 @@ def sparse_attention(
         return output
     assert lse is not None
     return output, lse
+
+
+def sparse_pooled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Critical blocks exactly, each marginal block as its mean key and value, in one softmax.
+
+    A mean counts as often as its block has keys. It is the monopole of Multipole Attention (arXiv
+    2506.13059) on blocks of consecutive tokens, and the first term of PISA's expansion (arXiv
+    2602.01077); neither is differentiated there. Exact where all keys of a marginal block are
+    equal, or none is marginal.
+
+    Args:
+        block_map: the routing; negligible blocks are skipped. Its own `key_lengths` count.
+
+    Other arguments, result and errors as `sparse_linear_attention`. The critical blocks are
+    computed by the backend, the pooled ones, N x T_n scores in chunks, by PyTorch in float32
+    (float64 for float64).
+    """
+    query, key, value = _inputs(query, key, value)
+    _check_block_map(query, key, block_map)
+    chosen = _backend(backend, query, block_map.block_q, block_map.block_kv)
+    with torch.autocast(query.device.type, enabled=False):
+        factor = _scale(query, scale)
+        output, lse = chosen.sparse_branch(query, key, value, block_map, factor, True)
+        assert lse is not None
+        return merge_pooled(query, key, value, block_map, output, lse, factor)
 
 
 def linear_attention(

@@ -1,0 +1,131 @@
+"""Critical blocks exactly and the mean of each marginal one, in one softmax, on every backend."""
+
+import os
+
+import pytest
+import torch
+from sla_kernels import (
+    BlockMap,
+    available_backends,
+    classify_blocks,
+    pooled,
+    sparse_pooled_attention,
+)
+from sla_kernels.block_map import CRITICAL, MARGINAL
+from sla_kernels.testing import (
+    AWKWARD,
+    Case,
+    assert_low_precision_close,
+    random_inputs,
+    relative_error,
+    supported,
+    with_gradients,
+)
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+GPU = os.environ.get("SLA_TEST_GPU") == "1"
+LOW = torch.bfloat16 if GPU else torch.float16
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # log2(0) in NumPy
+ALL = [name for name in ("reference", "eager", "triton") if name in available_backends()]
+NAMES = ("ragged_by_one", "text_tokens", "padded_to_a_block_and_to_nothing", "fewer_keys")
+CASES = [supported(case, 64, 1) for case in AWKWARD if case.name in NAMES]
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap) -> Tensor:
+    """The definition: every mean is a key of its own, counted as often as it has keys."""
+    tokens, block = key.shape[2], block_map.block_kv
+    real = torch.ones(key.shape[0], 1, tokens, 1, dtype=torch.bool, device=key.device)
+    if block_map.key_lengths is not None:
+        places = torch.arange(tokens, device=key.device)
+        real = (places < block_map.key_lengths[:, None])[:, None, :, None]
+    means, counts = [], []
+    for first in range(0, tokens, block):
+        part = slice(first, first + block)
+        counts.append(real[:, :, part].sum(2))
+        means.append([(t * real)[:, :, part].sum(2) / counts[-1].clamp(1) for t in (key, value)])
+    count = torch.stack(counts, 2).squeeze(-1)[:, :, None]  # (B, 1, 1, T_n)
+    mean_key, mean_value = (torch.stack(each, 2) for each in zip(*means, strict=True))
+    rows = torch.arange(query.shape[2], device=query.device) // block_map.block_q
+    scale = query.shape[-1] ** -0.5
+    exact = (query @ key.mT * scale).exp() * (block_map.token_labels() == CRITICAL)
+    blurred = (query @ mean_key.mT * scale).exp() * count
+    blurred = blurred * (block_map.labels == MARGINAL)[:, :, rows]
+    total = exact.sum(-1, keepdim=True) + blurred.sum(-1, keepdim=True)
+    return (exact @ value + blurred @ mean_value) / total.masked_fill(total == 0, 1.0)
+
+
+def routed(case: Case, tensors: list[Tensor]) -> BlockMap:
+    return classify_blocks(*tensors[:2], **case.routing(tensors[0].device), backend="eager")
+
+
+@pytest.mark.parametrize("case", AWKWARD, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_output_and_gradients_are_those_of_the_definition(
+    case: Case, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in chunks of a few queries, which end anywhere in a block."""
+    monkeypatch.setattr(pooled, "_CHUNK_CPU", 7 * case.batch * case.heads)
+    tensors = list(random_inputs(case, torch.float64, device=device))
+    block_map = routed(case, tensors)
+    expected = with_gradients(dense, tensors, block_map=block_map)
+    found = with_gradients(sparse_pooled_attention, tensors, block_map=block_map, backend=backend)
+    for got, want in zip(found, expected, strict=True):
+        # Of one token alone the gradients of query and key are zero, but for rounding.
+        assert (got - want).norm() < 1e-12 * max(1.0, want.norm().item())
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, LOW], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_backends_in_their_precisions(
+    case: Case, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    tensors = list(random_inputs(case, dtype, device=device))
+    block_map = routed(case, tensors)
+    exact = with_gradients(dense, [t.double() for t in tensors], block_map=block_map)
+    plain = with_gradients(dense, tensors, block_map=block_map)
+    found = with_gradients(sparse_pooled_attention, tensors, block_map=block_map, backend=backend)
+    assert [t.dtype for t in found] == [dtype] * 4
+    for got, rounded, want in zip(found, plain, exact, strict=True):
+        if dtype == torch.float32:
+            assert relative_error(got, want) < 1e-5
+        else:
+            assert_low_precision_close(got, rounded, want)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_it_is_exact_where_all_keys_of_a_block_are_equal(backend: str, device: str) -> None:
+    case = Case("equal", 64, 64, block_q=16, block_kv=16, heads=1)
+    query, key, value = random_inputs(case, device=device)
+    key = key[:, :, ::16].repeat_interleave(16, 2)
+    block_map = classify_blocks(query, key, critical=0.25, negligible=0.0, block_q=16, block_kv=16)
+    found = sparse_pooled_attention(query, key, value, block_map, backend=backend)
+    exact = scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(found, exact, atol=2e-6, rtol=1e-5)
+
+
+def test_nothing_overflows_and_nothing_vanishes(device: str) -> None:
+    """Scores of hundreds: of the critical ones in one row, of the pooled ones in another."""
+    case = Case("large", 32, 32, block_q=16, block_kv=16, heads=1, batch=1)
+    query, key, value = random_inputs(case, device=device)
+    labels = torch.tensor([[[[1, 0], [1, 0]]]], dtype=torch.int8, device=device)
+    block_map = BlockMap(labels, 16, 16, 32, 32)
+    for sign in (1.0, -1.0):
+        shifted = torch.cat([key[:, :, :16] + sign * 40, key[:, :, 16:] - sign * 40], 2)
+        tensors = [query.abs() * 3, shifted, value]
+        found = with_gradients(sparse_pooled_attention, tensors, block_map=block_map)
+        alone = value[:, :, 16:].mean(2, keepdim=True) if sign < 0 else None
+        assert all(t.isfinite().all() for t in found)
+        if alone is not None:
+            torch.testing.assert_close(found[0], alone.expand_as(found[0]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_map_of_filled_blocks_is_refused(device: str) -> None:
+    case = Case("filled", 32, 32, block_q=16, block_kv=16, heads=1, batch=1)
+    query, key, value = random_inputs(case, device=device)
+    labels = torch.ones(1, 1, 2, 2, dtype=torch.int8, device=device)
+    lengths = torch.tensor([16, 3], dtype=torch.int32, device=device)
+    block_map = BlockMap(labels, 16, 16, 32, 32, block_lengths=lengths)
+    with pytest.raises(ValueError, match="block_lengths"):
+        sparse_pooled_attention(query, key, value, block_map)
