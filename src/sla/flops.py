@@ -130,6 +130,7 @@ CASES: tuple[Case, ...] = (
         "SLA (top 5 %), linear branch over all keys",
         {"name": "sla", "critical": 0.05, "linear_scope": "all"},
     ),
+    Case("Sparse, the rest pooled (top 5 %)", {"name": "sparse_pooled", "critical": 0.05}),
     Case("SLA2 (95 %)", {"name": "sla2", "critical": 0.05}, 2.87, 0.95, _SLA2_PAPER),
     Case("SLA2 (97 %)", {"name": "sla2", "critical": 0.03}, 1.82, 0.97, _SLA2_PAPER),
 )

@@ -52,6 +52,7 @@ NUMBERS: dict[str, list[dict[str, object]]] = {
     "sparse_only": [_BLOCKS, {**_BLOCKS, "block_q": 16}],
     "sla": [_BLOCKS, {**_BLOCKS, "block_q": 16}, {**_BLOCKS, "linear_scope": "all"}],
     "linear_plus_sparse": [_BLOCKS],
+    "sparse_pooled": [_BLOCKS, {**_BLOCKS, "block_q": 16}],
     "sparge": [
         {**_BLOCKS, "selection": "density"},
         {"block_q": BLOCK, "block_kv": BLOCK, "similarity": 0.0, "mass": 0.3},
@@ -138,6 +139,20 @@ def ref_linear_plus_sparse(method, query, key, value, hidden, chosen):
     return exact + ref_linear_only(method, query, key, value, hidden, chosen)
 
 
+def ref_sparse_pooled(method, query, key, value, hidden, chosen):
+    block_q, block_kv = method.config.block_q, method.config.block_kv
+    exact = ref_sparse(method, query, key, value, hidden, chosen)
+    # The sum of the critical weights, without products of matrices: `exact` has them already.
+    scores = (query[:, :, :, None] * key[:, :, None]).sum(-1) / math.sqrt(HEAD_DIM)
+    critical = chosen == 1
+    tokens = critical.repeat_interleave(block_q, 2).repeat_interleave(block_kv, 3)
+    total = (scores.exp() * tokens).sum(-1, keepdim=True)
+    pooled = (query @ pool(key, block_kv).mT / math.sqrt(HEAD_DIM)).exp() * block_kv
+    pooled = pooled * ~critical.repeat_interleave(block_q, 2)
+    top = total * exact + pooled @ pool(value, block_kv)
+    return top / (total + pooled.sum(-1, keepdim=True))
+
+
 def ref_sla(method, query, key, value, hidden, chosen):
     exact = ref_sparse(method, query, key, value, hidden, chosen)
     features = phi(method, query), phi(method, key)
@@ -193,6 +208,7 @@ REFERENCES = {
     "sparge": ref_sparse,
     "sla": ref_sla,
     "linear_plus_sparse": ref_linear_plus_sparse,
+    "sparse_pooled": ref_sparse_pooled,
     "sla2": ref_sla2,
     "vsa": ref_vsa,
     "vmoba": ref_vmoba,

@@ -35,6 +35,7 @@ CONTEXT = AttentionContext(grid=GRID, hidden_states=hidden_states(2))
 _BLOCKS: dict[str, object] = {"block_q": 16, "block_kv": 8, "critical": 0.1}
 SMALL: dict[str, dict[str, object]] = {
     "sparse_only": _BLOCKS,
+    "sparse_pooled": _BLOCKS,
     "sla": _BLOCKS,
     "sla2": _BLOCKS,
     "linear_plus_sparse": _BLOCKS,
@@ -45,6 +46,7 @@ SMALL: dict[str, dict[str, object]] = {
 EXACT: dict[str, dict[str, object]] = {
     "full": {},
     "sparse_only": {"critical": 1.0},
+    "sparse_pooled": {"critical": 1.0},
     "sla": {"critical": 1.0, "negligible": 0.0},
     "sla2": {"critical": 1.0},
     "sparge": {"critical": 1.0},

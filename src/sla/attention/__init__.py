@@ -13,6 +13,7 @@ from sla.attention.config import (
     SLAConfig,
     SpargeConfig,
     SparseOnlyConfig,
+    SparsePooledConfig,
     VMoBAConfig,
     VSAConfig,
 )
@@ -35,6 +36,7 @@ from sla.attention.sla import SLAAttention
 from sla.attention.sla2 import SLA2Attention
 from sla.attention.sparge import SpargeAttention
 from sla.attention.sparse_only import SparseOnlyAttention
+from sla.attention.sparse_pooled import SparsePooledAttention
 from sla.attention.vmoba import VMoBAAttention
 from sla.attention.vsa import VSAAttention
 
@@ -56,6 +58,8 @@ __all__ = [
     "SpargeConfig",
     "SparseOnlyAttention",
     "SparseOnlyConfig",
+    "SparsePooledAttention",
+    "SparsePooledConfig",
     "UnsupportedAttentionError",
     "VMoBAAttention",
     "VMoBAConfig",

@@ -88,6 +88,15 @@ class SparseOnlyConfig(BlockSparseConfig):
 
 
 @dataclass
+class SparsePooledConfig(BlockSparseConfig):
+    """The sparse branch, with the mean key and value of every other block in the same softmax."""
+
+    branch_outputs: ClassVar[int] = 1
+
+    name: str = "sparse_pooled"
+
+
+@dataclass
 class SLAConfig(BlockSparseConfig):
     """Sparse-Linear Attention (Section 4).
 

@@ -18,6 +18,7 @@ _MARKS = {
     "sparse_only": ("tab:blue", "v"),
     "linear_only": ("tab:green", "^"),
     "linear_plus_sparse": ("tab:olive", "P"),
+    "sparse_pooled": ("tab:cyan", "<"),
     "sparge": ("tab:orange", "D"),
     "vsa": ("tab:purple", "p"),
     "vmoba": ("tab:brown", "h"),
