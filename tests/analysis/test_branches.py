@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from sla_kernels import BlockMap, classify_blocks, linear_attention, sparse_attention
+from sla_kernels import (
+    BlockMap,
+    classify_blocks,
+    linear_attention,
+    sparse_attention,
+    sparse_pooled_attention,
+)
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -43,12 +49,18 @@ def test_errors_against_the_operators(tile: tuple[int, int, int] | None) -> None
     of_marginal = BlockMap(swapped, BLOCK, BLOCK, TOKENS, TOKENS)
     marginal = sparse_attention(q, k, v, of_marginal)
 
+    no_block_skipped = classify_blocks(
+        q, k, critical=0.25, negligible=0.0, block_q=BLOCK, block_kv=BLOCK
+    )
+    pooled = sparse_pooled_attention(q, k, v, no_block_skipped)
+
     assert found.critical == 0.25
     for name, output in (
         ("sparse", sparse),
         ("scaled", mass * sparse),
         ("mixed", mass * sparse + (1 - mass) * linear),
         ("mixed_exact", mass * sparse + (1 - mass) * marginal),
+        ("pooled", pooled),
     ):
         assert getattr(found, name) == pytest.approx(relative(output, exact), rel=1e-4), name
     assert found.mass == pytest.approx(mass.mean().item(), rel=1e-5)
@@ -73,7 +85,7 @@ def test_nothing_is_missed_if_all_blocks_are_critical() -> None:
     query, key, value = tensors()
     (found,) = branch_errors(query, key, value, EVERY, GRID, tile=None, critical=[1.0], block=BLOCK)
     assert found.mass == pytest.approx(1.0)
-    assert max(found.sparse, found.scaled, found.mixed, found.mixed_exact) < 1e-5
+    assert max(found.sparse, found.scaled, found.mixed, found.mixed_exact, found.pooled) < 1e-5
 
 
 def test_query_blocks_are_some_of_the_whole_ones() -> None:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from sla_kernels import classify_blocks, linear_attention
+from sla_kernels import classify_blocks, linear_attention, sparse_pooled_attention
 from sla_kernels.block_map import CRITICAL, MARGINAL
 from torch import Tensor
 
@@ -117,6 +117,7 @@ class BranchErrors:
         mixed: of m O^s + (1 - m) O^l, SLA2's form (arXiv 2602.12675) with each query's true m.
         mixed_exact: of m O^s + (1 - m) times exact attention over the marginal blocks: what
             skipping the negligible ones costs.
+        pooled: of `sparse_pooled`: the mean of every block that is not critical, in one softmax.
         proj: fit of O^s + Proj(O^l), SLA's form (arXiv 2509.24006, equation 6).
         proj_exact: the same with exact attention over the marginal blocks in place of O^l.
         mixed_proj: fit of m O^s + (1 - m) Proj(O^l).
@@ -128,6 +129,7 @@ class BranchErrors:
     scaled: float
     mixed: float
     mixed_exact: float
+    pooled: float
     proj: ProjFit
     proj_exact: ProjFit
     mixed_proj: ProjFit
@@ -191,6 +193,10 @@ def branch_errors(
         linear = linear_attention(query[None, None], key[None, None], value[None, None], block_map)[
             0, 0
         ]
+        everything = replace(block_map, labels=block_map.labels.clamp_min(MARGINAL))
+        pooled = sparse_pooled_attention(
+            query[None, None], key[None, None], value[None, None], everything
+        )[0, 0]
         scaled, rest, one = mass * sparse, 1.0 - mass, torch.ones_like(mass)
         found.append(
             BranchErrors(
@@ -200,6 +206,7 @@ def branch_errors(
                 scaled=error(scaled),
                 mixed=error(scaled + rest * linear),
                 mixed_exact=error(scaled + rest * marginal),
+                pooled=error(pooled),
                 proj=ProjFit(linear, exact - sparse, one, exact),
                 proj_exact=ProjFit(marginal, exact - sparse, one, exact),
                 mixed_proj=ProjFit(linear, exact - scaled, rest, exact),

@@ -218,7 +218,7 @@ def _branches(
     )
 
 
-_SCALARS = ("mass", "sparse", "scaled", "mixed", "mixed_exact")
+_SCALARS = ("mass", "sparse", "scaled", "mixed", "mixed_exact", "pooled")
 _FITS = ("proj", "proj_exact", "mixed_proj")
 _Call = tuple[Any, ...]  # layer, head, timestep, sample
 # Which calls share a fitted Proj. SLA's is one a layer.

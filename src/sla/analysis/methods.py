@@ -30,6 +30,8 @@ Grid = tuple[int, int, int]
 SWEEPS: dict[str, dict[str, Any]] = {
     "sparse_only": {"name": "sparse_only"},
     "sparse_only, 4x4x4 tiles": {"name": "sparse_only", "tile": (4, 4, 4)},
+    "sparse_pooled": {"name": "sparse_pooled"},
+    "sparse_pooled, 4x4x4 tiles": {"name": "sparse_pooled", "tile": (4, 4, 4)},
     "sla, Proj at identity": {"name": "sla", "proj_init": "identity"},
     "linear_plus_sparse": {"name": "linear_plus_sparse"},
     "sparge, by density": {"name": "sparge", "selection": "density"},

@@ -25,6 +25,7 @@ _OUTPUTS = (
     ("mixed", "m O^s + (1 - m) O^l"),
     ("mixed_proj_layer", "m O^s + (1 - m) Proj(O^l)"),
     ("mixed_exact", "m O^s + (1 - m) exact marginal"),
+    ("pooled", "O^s and pooled others in one softmax"),
 )
 
 
