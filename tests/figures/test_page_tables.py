@@ -6,6 +6,8 @@ from pathlib import Path
 
 from sla.figures import tables
 from sla.figures.claims import CLAIMS
+from sla.figures.markdown import origin
+from sla.results import Results
 
 
 def record(root: Path, benchmark: str, rows: list[dict[str, object]]) -> None:
@@ -31,6 +33,16 @@ def body(text: str) -> list[list[str]]:
 
 def test_the_papers_speeds_are_those_that_it_prints() -> None:
     assert [cells[1] for cells in body(tables.paper_speed())] == ["13.7", "6.8", "8.8", "2.2"]
+
+
+def test_origins_name_a_device_and_a_command_once() -> None:
+    def file(device: str, command: str) -> Results:
+        head = {"device": device, "torch": "2.11", "date": "2026-01-02T03", "commit": "a" * 40}
+        return Results(Path("x"), {**head, "dirty": False, "command": command}, [])
+
+    text = origin([file("one", "a"), file("two", "a"), file("one", "b"), file("one", "a")])
+    at = "torch 2.11, 2026-01-02, commit aaaaaaaa"
+    assert text == f"<sub>one, {at}, `a`, `b`; two, {at}, `a`</sub>"
 
 
 def test_every_claim_is_counted(tmp_path: Path) -> None:

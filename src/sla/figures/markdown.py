@@ -14,13 +14,15 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def origin(files: Sequence[Results]) -> str:
-    """Device, versions, commit and command of results files."""
-    lines = []
+    """Device, versions, commit and commands of results files, each once."""
+    commands: dict[str, dict[str, None]] = {}
     for file in files:
         head = file.provenance
         dirty = " with local changes" if head["dirty"] else ""
-        lines.append(
+        place = (
             f"{head['device']}, torch {head['torch']}, {head['date'][:10]}, commit "
-            f"{head['commit'][:8]}{dirty}, `{head['command']}`"
+            f"{head['commit'][:8]}{dirty}"
         )
+        commands.setdefault(place, {})[f"`{head['command']}`"] = None
+    lines = [f"{place}, {', '.join(of_place)}" for place, of_place in commands.items()]
     return "<sub>" + "; ".join(lines) + "</sub>"
