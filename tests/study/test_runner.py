@@ -1,6 +1,7 @@
 """A study runs what is missing, survives being killed, and records what fails."""
 
 import json
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,6 +215,44 @@ def test_processes_with_the_same_folders_take_each_run_once(
     assert begun == [("full", 0), ("sla", 0), ("full", 1), ("sla", 1)]
     assert len(list((tmp_path / "results" / "study").glob("*.jsonl"))) == 2
     assert numbers(read_records(tmp_path / "results")) == numbers(read_records(whole / "results"))
+
+
+def test_several_processes_do_a_study_together(
+    study: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # for equal rounding
+    assert run(study, tmp_path, "--processes", "2", "--untimed", "--seeds", "0") == 0
+    ended = [line for line in capfd.readouterr().out.splitlines() if " finished, " in line]
+    assert len(ended) == 2
+    found = read_records(tmp_path / "results")
+    assert [run.arm for run in found.runs.values()] in (["full", "sla"], ["sla", "full"])
+    assert numbers(found).items() <= numbers(read_records(whole / "results")).items()
+    for run_ in found.runs.values():
+        assert "--processes" not in run_.source.provenance["command"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes=0", "--untimed"], "--processes is 0; it must be at least 1"),
+        (["--proc", "2"], "--processes is 2 and there are 1 GPUs.*add --untimed"),
+    ],
+)
+def test_a_number_of_processes_that_cannot_be(
+    study: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert run(study, tmp_path, *options) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_study_that_was_killed_goes_on_to_the_same_numbers(

@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     return options
 
 
@@ -107,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     arms.add_argument(
         "--share", type=_share, metavar="I/N", help="every N-th run from the I-th, for N machines"
+    )
+    arms.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="at once, spread over the GPUs"
     )
     arms.add_argument("--out", type=Path, default=Path("results"), help="results folder")
     arms.add_argument("--runs", type=Path, default=Path("runs/study"), help="unfinished runs")
@@ -330,7 +334,11 @@ def _study_data(options: argparse.Namespace) -> None:
 
 
 def _study(options: argparse.Namespace) -> int:
-    from sla.cli.study import run
+    from sla.cli.study import run, run_processes
+
+    if options.processes != 1 and not options.list:
+        alone = _without("--processes", options.arguments)
+        return run_processes(alone, options.processes, timed=not options.untimed)
 
     return run(
         options.config,
@@ -347,6 +355,19 @@ def _study(options: argparse.Namespace) -> int:
         times=options.times,
         listing=options.list,
     )
+
+
+def _without(name: str, arguments: Sequence[str]) -> list[str]:
+    """The call without an option that takes one value, however it was given."""
+    given = iter(arguments)
+    kept: list[str] = []
+    for argument in given:
+        option, equals, _ = argument.partition("=")
+        if not (len(option) > 2 and name.startswith(option)):  # argparse takes a beginning of it
+            kept.append(argument)
+        elif not equals:
+            next(given)
+    return kept
 
 
 def _study_evaluator(options: argparse.Namespace) -> None:

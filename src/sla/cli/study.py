@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sla.cli.quiet import quiet_lightning
+from sla.cli.together import run_together, visible_gpus
 from sla.study import parts
 from sla.study.evaluator import train_evaluator
 from sla.study.plan import Job, StudyError, load_plan
@@ -76,6 +77,33 @@ def run(
     for path in results.paths:
         print(f"recorded in {path}")
     return 1 if outcome.failed else 0
+
+
+def run_processes(arguments: Sequence[str], processes: int, *, timed: bool) -> int:
+    """Run a study as several processes of one machine, each of which takes what no other is at.
+
+    Args:
+        arguments: of one of them.
+        processes: how many.
+        timed: whether they record times of steps, which mean nothing where two share a GPU.
+
+    Returns:
+        The largest of their exit statuses.
+
+    Raises:
+        StudyError: fewer than one, or times and fewer GPUs than processes.
+    """
+    gpus = visible_gpus()
+    if processes < 1:
+        raise StudyError(f"--processes is {processes}; it must be at least 1")
+    if timed and processes > len(gpus):
+        raise StudyError(
+            f"--processes is {processes} and there are {len(gpus)} GPUs: times of steps mean "
+            "nothing where processes share one; add --untimed"
+        )
+    # Bars would overwrite each other. Not at the end: `--seeds` would take it for a seed.
+    command, *rest = arguments
+    return run_together([command, "trainer.progress_bar=false", *rest], processes, gpus)
 
 
 def _list(jobs: Sequence[Job], runner: Runner, records: Records) -> None:
