@@ -9,6 +9,7 @@ from sla_kernels import (
     available_backends,
     classify_blocks,
     pooled,
+    sparse_attention,
     sparse_pooled_attention,
 )
 from sla_kernels.block_map import CRITICAL, MARGINAL
@@ -119,6 +120,24 @@ def test_nothing_overflows_and_nothing_vanishes(device: str) -> None:
         assert all(t.isfinite().all() for t in found)
         if alone is not None:
             torch.testing.assert_close(found[0], alone.expand_as(found[0]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_merge_compiles_as_one_graph(device: str) -> None:
+    """Of other functions Dynamo of PyTorch 2.11 makes other gradients: see `eager`."""
+    case = Case("compiled", 64, 64, block_q=16, block_kv=16)
+    tensors = list(random_inputs(case, device=device))
+    block_map = routed(case, tensors)
+    sparse = sparse_attention(*tensors, block_map, backend="eager", return_lse=True)
+
+    def merge(*leaves: Tensor) -> Tensor:
+        query, key, value, output, lse = leaves
+        return pooled.merge_pooled(2 * query, key, value, block_map, output.sin(), lse, 0.25).cos()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(merge, fullgraph=True, backend="aot_eager")
+    expected = with_gradients(merge, [*tensors, *sparse])
+    for got, want in zip(with_gradients(compiled, [*tensors, *sparse]), expected, strict=True):
+        assert relative_error(got, want) < 1e-6
 
 
 def test_a_block_map_of_filled_blocks_is_refused(device: str) -> None:
