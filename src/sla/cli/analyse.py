@@ -106,5 +106,5 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         for row in methods:
             at = "defaults" if row["default"] else f"critical {row['critical']:g}"
             error = f"{row['exact_fraction']:6.1%} {row['error_l1']:.3f}"
-            lines.append(f"  {row['method']:<26}{at:<15}{error}")
+            lines.append(f"  {row['method']:<28}{at:<15}{error}")
     return "\n".join(lines)
