@@ -184,7 +184,7 @@ class Runner:
             if outcome.left or (deadline is not None and time.monotonic() > deadline):
                 outcome.left.append(name)
                 continue
-            with locked(self._lock(key, times), wait=False) as mine:
+            with locked(f"{self._path(key, times)}.lock", wait=False) as mine:
                 if not mine:
                     log.info(f"{name}: another process is at it")
                     outcome.elsewhere.append(name)
@@ -243,13 +243,10 @@ class Runner:
             outcome.finished.append(name)
         _clean_up(job.experiment)
 
-    def _lock(self, key: Key, times: bool) -> Path:
-        path = self._path(key)
-        return path.parent / f"{'times-' if times else ''}{path.name}.lock"
-
-    def _path(self, key: Key) -> Path:
+    def _path(self, key: Key, times: bool = False) -> Path:
+        """A run's folder, or that of its times; its lock has the same name and lies beside it."""
         study, arm, digest, seed = key
-        return self.runs / study / f"{arm}-{seed}-{digest[:8]}"
+        return self.runs / study / f"{'times-' if times else ''}{arm}-{seed}-{digest[:8]}"
 
     def _run(self, job: Job, key: Key, deadline: float | None, root: Path) -> tuple[list[Row], Row]:
         """Rows and the last row's own fields; frames go to the results folder `root`."""
@@ -347,8 +344,7 @@ class Runner:
     def _time(self, job: Job, key: Key) -> tuple[list[Row], Row]:
         """Rows of the times of steps, and the last row's own fields: a short run, not kept."""
         begun = time.monotonic()
-        path = self._path(key)
-        experiment = self._experiment(job, path.parent / f"times-{path.name}", TIMED_STEPS)
+        experiment = self._experiment(job, self._path(key, times=True), TIMED_STEPS)
         folder = open_run(experiment.run, job.numbers)
         module = self._module(job, experiment, folder)
         last = job.arm.curve[-1]
