@@ -246,6 +246,15 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def tokens_in_blocks(lengths: Tensor, tokens: int, block: int) -> Tensor:
+    """int (B, T): how many of the first `lengths` (B,) tokens lie in each block of `tokens`.
+
+    1 where there is none, as it is divided by.
+    """
+    starts = torch.arange(0, tokens, block, device=lengths.device)
+    return (lengths[:, None] - starts).clamp(1, block)
+
+
 def pool_blocks(tensor: Tensor, block: int, lengths: Tensor | None = None) -> Tensor:
     """Mean over the tokens of each block; a short last block over its real tokens (Section 4.1).
 
@@ -264,8 +273,7 @@ def pool_blocks(tensor: Tensor, block: int, lengths: Tensor | None = None) -> Te
         # Filled, not multiplied by zero: padding may hold anything, NaN too.
         real = accurate.masked_fill(past_length(lengths, tokens)[:, None, :, None], 0.0)
         sums = F.pad(real, (0, 0, 0, -tokens % block)).unflatten(2, (-1, block)).sum(dim=3)
-        starts = torch.arange(0, tokens, block, device=tensor.device)
-        return sums / (lengths[:, None] - starts).clamp(1, block)[:, None, :, None]
+        return sums / tokens_in_blocks(lengths, tokens, block)[:, None, :, None]
     whole = tokens // block
     parts = []
     if whole:

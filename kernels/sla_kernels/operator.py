@@ -335,12 +335,11 @@ def sparse_pooled_attention(
     """
     query, key, value = _inputs(query, key, value)
     _check_block_map(query, key, block_map)
-    chosen = _backend(backend, query, block_map.block_q, block_map.block_kv)
+    sparse, lse = sparse_attention(
+        query, key, value, block_map, scale=scale, backend=backend, return_lse=True
+    )
     with torch.autocast(query.device.type, enabled=False):
-        factor = _scale(query, scale)
-        output, lse = chosen.sparse_branch(query, key, value, block_map, factor, True)
-        assert lse is not None
-        return merge_pooled(query, key, value, block_map, output, lse, factor)
+        return merge_pooled(query, key, value, block_map, sparse, lse, _scale(query, scale))
 
 
 def linear_attention(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sla_kernels.block_map import MARGINAL, BlockMap, pool_blocks
+from sla_kernels.block_map import MARGINAL, BlockMap, pool_blocks, tokens_in_blocks
 
 # Scores of a chunk: B H c T_n.
 _CHUNK_CPU, _CHUNK_GPU = 2**22, 2**26
@@ -59,14 +59,11 @@ def merge_pooled(
 
 def _log_counts(block_map: BlockMap, pooled: Tensor) -> Tensor:
     """log n_b, (B or 1, 1, 1, T_n); what a block without keys has does not matter."""
-    starts = torch.arange(
-        0, block_map.tokens_kv, block_map.block_kv, device=pooled.device, dtype=torch.int64
-    )
-    ends: int | Tensor = block_map.tokens_kv
-    if block_map.key_lengths is not None:
-        ends = block_map.key_lengths[:, None]
-    counts = (ends - starts).clamp(1, block_map.block_kv)
-    return counts.to(pooled.dtype).log().reshape(-1, 1, 1, counts.shape[-1])
+    lengths = block_map.key_lengths
+    if lengths is None:
+        lengths = torch.full((1,), block_map.tokens_kv, device=pooled.device)
+    counts = tokens_in_blocks(lengths, block_map.tokens_kv, block_map.block_kv)
+    return counts.to(pooled.dtype).log()[:, None, None, :]
 
 
 class _Merge(torch.autograd.Function):

@@ -107,19 +107,22 @@ def test_it_is_exact_where_all_keys_of_a_block_are_equal(backend: str, device: s
 
 
 def test_nothing_overflows_and_nothing_vanishes(device: str) -> None:
-    """Scores of hundreds: of the critical ones in one row, of the pooled ones in another."""
+    """Scores of hundreds, once of the critical block and once of the pooled one: it takes all."""
     case = Case("large", 32, 32, block_q=16, block_kv=16, heads=1, batch=1)
     query, key, value = random_inputs(case, device=device)
     labels = torch.tensor([[[[1, 0], [1, 0]]]], dtype=torch.int8, device=device)
     block_map = BlockMap(labels, 16, 16, 32, 32)
+    query = query.abs() * 3
     for sign in (1.0, -1.0):
         shifted = torch.cat([key[:, :, :16] + sign * 40, key[:, :, 16:] - sign * 40], 2)
-        tensors = [query.abs() * 3, shifted, value]
-        found = with_gradients(sparse_pooled_attention, tensors, block_map=block_map)
-        alone = value[:, :, 16:].mean(2, keepdim=True) if sign < 0 else None
+        found = with_gradients(
+            sparse_pooled_attention, [query, shifted, value], block_map=block_map
+        )
         assert all(t.isfinite().all() for t in found)
-        if alone is not None:
-            torch.testing.assert_close(found[0], alone.expand_as(found[0]), atol=1e-5, rtol=1e-5)
+        critical = sparse_attention(query, shifted, value, block_map)
+        pooled_alone = value[:, :, 16:].mean(2, keepdim=True).expand_as(critical)
+        expected = critical if sign > 0 else pooled_alone
+        torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_merge_compiles_as_one_graph(device: str) -> None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from sla_kernels.block_map import accumulation_dtype
+from sla_kernels.block_map import accumulation_dtype, tokens_in_blocks
 from torch import Tensor, nn
 
 from sla.attention.interface import (
@@ -154,8 +154,7 @@ def _tile_blocks(
     real = torch.zeros(tiles * slots, dtype=torch.int8, device=device)
     real[places] = 1
     empty = tiles * slots - tokens
-    starts = torch.arange(0, slots, block, device=device)
-    in_blocks = (lengths[:, None] - starts).clamp(1, block)
+    in_blocks = tokens_in_blocks(lengths, slots, block)
     return TileBlocks(
         index=index,
         slot=slot,
