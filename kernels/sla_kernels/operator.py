@@ -50,6 +50,7 @@ class Backend:
             `block_map.route` (without scale); None if it does not fuse this one. Without it the
             branches are added.
         route: as `block_map.route`, with the same blocks; None: that one.
+        merge_pooled: as `pooled.merge_pooled`; None: that one.
         low_bit_branch: (query, key, value, block_map, scale) -> (O^s, log-sum-exp) computed in FP8
             by the numerics of `low_bit`, without gradients; None where it cannot on these tensors.
             Without it they are simulated.
@@ -66,6 +67,7 @@ class Backend:
     fused: Callable[..., Tensor | None] | None = None
     route: Callable[..., BlockMap] | None = None
     low_bit_branch: LowBitBranch | None = None
+    merge_pooled: Callable[..., Tensor] | None = None
 
 
 class Branches(NamedTuple):
@@ -130,6 +132,7 @@ if find_spec("triton") is not None:
             fused=_triton.fused,
             route=_triton.route,
             low_bit_branch=_triton.low_bit_branch,
+            merge_pooled=_triton.merge_pooled,
         ),
     )
 
@@ -329,17 +332,19 @@ def sparse_pooled_attention(
     Args:
         block_map: the routing; negligible blocks are skipped. Its own `key_lengths` count.
 
-    Other arguments, result and errors as `sparse_linear_attention`. The critical blocks are
-    computed by the backend, the pooled ones, N x T_n scores in chunks, by PyTorch in float32
-    (float64 for float64).
+    Other arguments, result and errors as `sparse_linear_attention`. Triton's kernels round the
+    means to the dtype of the inputs, as they are multiplied by queries; the other backends keep
+    them, and N x T_n scores a chunk of queries at a time, in float32 (float64 for float64).
     """
     query, key, value = _inputs(query, key, value)
     _check_block_map(query, key, block_map)
     sparse, lse = sparse_attention(
         query, key, value, block_map, scale=scale, backend=backend, return_lse=True
     )
+    chosen = _backend(backend, query, block_map.block_q, block_map.block_kv)
+    merge = chosen.merge_pooled or merge_pooled
     with torch.autocast(query.device.type, enabled=False):
-        return merge_pooled(query, key, value, block_map, sparse, lse, _scale(query, scale))
+        return merge(query, key, value, block_map, sparse, lse, _scale(query, scale))
 
 
 def linear_attention(

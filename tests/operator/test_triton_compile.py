@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sla_kernels import classify_blocks
+from sla_kernels import classify_blocks, sparse_attention
 from sla_kernels import sparse_linear_attention as sla
 from sla_kernels.testing import (
     Case,
@@ -88,6 +88,22 @@ def test_opcheck_attend_backward(device: str) -> None:
     grads = (torch.randn_like(output), torch.randn_like(lse))
     backward = (*grads, *tensors, None, None, output, lse, *tables, 16, 16, 0)
     torch.library.opcheck(operators.attend_backward, (*backward, "softmax", 0.25, True, True))
+
+
+def test_opcheck_merge_pooled(device: str) -> None:
+    """The gradients too: Dynamo's and AOTAutograd's views of them must be those of eager mode."""
+    query, key, value = random_inputs(CASE, torch.float16, device=device)
+    block_map = classify_blocks(query, key, **CASE.routing(device), backend="eager")
+    sparse, lse = sparse_attention(query, key, value, block_map, backend="eager", return_lse=True)
+    tensors = [t.requires_grad_() for t in (query, key, value, sparse, lse)]
+    lengths = torch.tensor([33], dtype=torch.int32, device=device)
+    for key_lengths in (None, lengths):
+        arguments = (*tensors, key_lengths, block_map.labels, 16, 16, 0.25)
+        torch.library.opcheck(operators.merge_pooled, arguments)
+    given = (*(t.detach() for t in tensors), lengths, block_map.labels)
+    results = operators.merge_pooled(*given, 16, 16, 0.25)
+    backward = (torch.randn_like(given[0]), *given, *results, 16, 16, 0.25)
+    torch.library.opcheck(operators.merge_pooled_backward, backward)
 
 
 class Attention(nn.Module):

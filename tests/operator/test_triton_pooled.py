@@ -1,6 +1,7 @@
 """Critical blocks exactly and the mean of each marginal one, in one softmax, on every backend."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,7 +31,18 @@ LOW = torch.bfloat16 if GPU else torch.float16
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # log2(0) in NumPy
 ALL = [name for name in ("reference", "eager", "triton") if name in available_backends()]
 NAMES = ("ragged_by_one", "text_tokens", "padded_to_a_block_and_to_nothing", "fewer_keys")
-CASES = [supported(case, 64, 1) for case in AWKWARD if case.name in NAMES]
+CASES = [
+    *(supported(case, 64, 1) for case in AWKWARD if case.name in NAMES),
+    # Few enough heads that several programs share the queries; tiles of half a block.
+    Case("one_head", 70, 70, block_kv=16, critical=0.3, batch=1, heads=1),
+    Case("halved_blocks", 130, 130, head_dim=24, block_q=128, block_kv=64, heads=1, batch=1),
+]
+if GPU:
+    CASES += [
+        Case("wan", 1500, 1500, 128, 64, 64, critical=0.05, heads=3),
+        Case("wide", 1500, 1500, 128, 128, 128, critical=0.1, heads=3),
+        Case("many_blocks", 3000, 5000, 64, 64, 32, critical=0.03, key_lengths=(4000, 5000)),
+    ]
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap) -> Tensor:
@@ -95,6 +107,66 @@ def test_backends_in_their_precisions(
             assert_low_precision_close(got, rounded, want)
 
 
+@pytest.mark.skipif("triton" not in ALL, reason="needs Triton")
+@pytest.mark.parametrize("scale", [0.7, -0.5, 0.0])
+def test_the_kernels_take_any_scale(scale: float, device: str) -> None:
+    case = CASES[0]
+    tensors = list(random_inputs(case, device=device))
+    block_map = routed(case, tensors)
+    found, expected = (
+        with_gradients(
+            sparse_pooled_attention, tensors, block_map=block_map, scale=scale, backend=backend
+        )
+        for backend in ("triton", "eager")
+    )
+    for got, want in zip(found, expected, strict=True):
+        assert (got - want).norm() < 1e-5 * max(1.0, want.norm().item())
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_what_lies_in_the_padding_does_not_matter(backend: str, device: str) -> None:
+    case = replace(CASES[2], key_lengths=(64, 0))
+    query, key, value = random_inputs(case, device=device)
+    block_map = routed(case, [query, key])
+    found = []
+    # The reference multiplies padding by zero.
+    for filling in (0.0, 1e30 if backend == "reference" else torch.nan):
+        filled = [query, key.clone(), value.clone()]
+        for tensor in filled[1:]:
+            tensor[0, :, 64:], tensor[1] = filling, filling
+        found.append(
+            with_gradients(sparse_pooled_attention, filled, block_map=block_map, backend=backend)
+        )
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+    for gradient in found[1][2:]:
+        assert not gradient[0, :, 64:].any()
+        assert not gradient[1].any()
+
+
+@pytest.mark.skipif("triton" not in ALL, reason="needs Triton")
+@pytest.mark.parametrize("kind", ["token", "offset", "packed"])
+def test_the_kernels_take_any_strides(kind: str, device: str) -> None:
+    case = CASES[0]
+    tensors = list(random_inputs(case, device=device))
+    block_map = routed(case, tensors)
+    if kind == "token":  # tokens last in memory
+        other = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in tensors]
+    elif kind == "offset":  # not on a boundary that the copy engine knows
+        other = []
+        for t in tensors:
+            buffer = t.new_empty(t.numel() + 1)
+            other.append(buffer[1:].view(t.shape).copy_(t))
+    else:
+        other = list(torch.cat(tensors, -1).split(case.head_dim, -1))
+    found, expected = (
+        with_gradients(sparse_pooled_attention, each, block_map=block_map, backend="triton")
+        for each in (other, tensors)
+    )
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_it_is_exact_where_all_keys_of_a_block_are_equal(backend: str, device: str) -> None:
     case = Case("equal", 64, 64, block_q=16, block_kv=16, heads=1)
@@ -106,7 +178,8 @@ def test_it_is_exact_where_all_keys_of_a_block_are_equal(backend: str, device: s
     torch.testing.assert_close(found, exact, atol=2e-6, rtol=1e-5)
 
 
-def test_nothing_overflows_and_nothing_vanishes(device: str) -> None:
+@pytest.mark.parametrize("backend", ALL)
+def test_nothing_overflows_and_nothing_vanishes(backend: str, device: str) -> None:
     """Scores of hundreds, once of the critical block and once of the pooled one: it takes all."""
     case = Case("large", 32, 32, block_q=16, block_kv=16, heads=1, batch=1)
     query, key, value = random_inputs(case, device=device)
@@ -116,10 +189,10 @@ def test_nothing_overflows_and_nothing_vanishes(device: str) -> None:
     for sign in (1.0, -1.0):
         shifted = torch.cat([key[:, :, :16] + sign * 40, key[:, :, 16:] - sign * 40], 2)
         found = with_gradients(
-            sparse_pooled_attention, [query, shifted, value], block_map=block_map
+            sparse_pooled_attention, [query, shifted, value], block_map=block_map, backend=backend
         )
         assert all(t.isfinite().all() for t in found)
-        critical = sparse_attention(query, shifted, value, block_map)
+        critical = sparse_attention(query, shifted, value, block_map, backend=backend)
         pooled_alone = value[:, :, 16:].mean(2, keepdim=True).expand_as(critical)
         expected = critical if sign > 0 else pooled_alone
         torch.testing.assert_close(found[0], expected, atol=1e-5, rtol=1e-5)

@@ -117,6 +117,34 @@ def low_bit_branch(
     return output, lse[..., : query.shape[2]] * math.log(2)
 
 
+def merge_pooled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_map: BlockMap,
+    sparse: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Tensor:
+    """As `sla_kernels.pooled.merge_pooled`."""
+    if scale <= 0:
+        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
+    output, *_ = operators.run(
+        operators.merge_pooled,
+        query,
+        key,
+        value,
+        sparse,
+        lse,
+        block_map.key_lengths,
+        block_map.labels,
+        block_map.block_q,
+        block_map.block_kv,
+        scale,
+    )
+    return output
+
+
 def linear_branch(
     query: Tensor,
     key: Tensor,

@@ -158,7 +158,7 @@ def route_alone(
     """Classes and row table, nothing else."""
     query, key, key_lengths = described(query), described(key), aligned(key_lengths)
     routed = new_tables(query, key, problem, routing)
-    calls = Calls(("route", *_layout(query, key), key_lengths is None, routing, problem))
+    calls = Calls(("route", *layout_of(query, key), key_lengths is None, routing, problem))
     _route(calls, query, key, key_lengths, routing, problem, routed, None)
     calls.done()
     return routed
@@ -189,7 +189,15 @@ def attend(
     table = None if routed is None else routed.rows.shape
     groups = tuple(head_groups(query, key, problem))
     calls = Calls(
-        ("attend", *_layout(query, key, value, written), optional, table, groups, routing, problem)
+        (
+            "attend",
+            *layout_of(query, key, value, written),
+            optional,
+            table,
+            groups,
+            routing,
+            problem,
+        )
     )
     t_m = num_blocks(tokens_q, problem.block_q)
     t_n = num_blocks(key.shape[2], problem.block_kv)
@@ -279,7 +287,7 @@ def attend_backward(
     proj, bias, key_lengths = aligned(weight), aligned(bias), aligned(key_lengths)
     d_lse, block_lengths = aligned(d_lse), aligned(block_lengths)
     optional = tuple(t is None for t in (weight, bias, key_lengths, d_lse, block_lengths))
-    layout = _layout(query, key, value, output, grad, d_query, d_key, d_value)
+    layout = layout_of(query, key, value, output, grad, d_query, d_key, d_value)
     groups = tuple(head_groups(query, key, problem))
     calls = Calls(("backward", *layout, optional, routed.rows.shape, groups, problem))
     t_m, t_n = routed.labels.shape[2:]
@@ -295,7 +303,7 @@ def attend_backward(
     if bias is not None:
         d_bias = query.new_empty((batch * heads * t_m, head_dim), dtype=torch.float32)
     if proj is not None:
-        programs = min(_programs(query, 1), batch * heads * t_n)
+        programs = min(programs_of(query, 1), batch * heads * t_n)
         d_weight = query.new_zeros((programs, head_dim, head_dim), dtype=torch.float32)
     shape = (query.dtype, problem.block_q, problem.block_kv)
     queries_config = tiling.backward_queries(*shape)
@@ -368,7 +376,7 @@ def attend_backward(
             )
             calls.launch(
                 backward_kernels.backward_linear,
-                min(_programs(query, 1), group[1] * t_n),
+                min(programs_of(query, 1), group[1] * t_n),
                 calls.tiles(key, linear_config["TILE"]),
                 calls.tiles(value, linear_config["TILE"]),
                 calls.tiles(d_key, linear_config["TILE"]),
@@ -593,7 +601,7 @@ def _prepare(
     config = tiling.prepare(key.dtype, problem.block_q, problem.block_kv)
     calls.launch(
         prepare_kernels.prepare,
-        min(group[1] * t_n, _programs(key, 2)),
+        min(group[1] * t_n, programs_of(key, 2)),
         calls.tiles(key, config["TILE"]),
         calls.tiles(value, config["TILE"]),
         calls.squares(weight),
@@ -655,13 +663,13 @@ def _aggregate(
     return sums
 
 
-def _layout(*tensors: Tensor) -> tuple[object, ...]:
+def layout_of(*tensors: Tensor) -> tuple[object, ...]:
     """What a record of launches depends on: device, type, shapes and strides."""
     first = tensors[0]
     return (first.device, first.dtype, *((t.shape, t.stride()) for t in tensors))
 
 
-def _programs(tensor: Tensor, per_multiprocessor: int) -> int:
+def programs_of(tensor: Tensor, per_multiprocessor: int) -> int:
     """Programs that fill the GPU once; two in the interpreter."""
     if not tensor.is_cuda:
         return 2

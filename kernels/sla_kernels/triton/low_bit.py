@@ -71,7 +71,7 @@ def attend(
     rows, counts = launch.aligned(rows), launch.aligned(counts)
     written = launch.described(output)
     optional = (key_lengths is None, block_lengths is None)
-    layout = launch._layout(query, key, value, written)
+    layout = launch.layout_of(query, key, value, written)
     calls = Calls(("low_bit", *layout, optional, rows.shape, problem))
     rounded = quantise(calls, key, value, key_lengths, block_lengths, problem.block_kv)
     t_m, t_n = num_blocks(tokens_q, problem.block_q), num_blocks(tokens_kv, problem.block_kv)

@@ -10,13 +10,14 @@ custom operator with gradients `torch.library` puts much Python, and short calls
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sla_kernels.triton import launch, low_bit
+from sla_kernels.triton import launch, low_bit, pooled
 from sla_kernels.triton.launch import Problem, Routed, Routing
 
 
@@ -316,6 +317,101 @@ def _(
     return torch.empty_like(query), launch.new_row_numbers(query)
 
 
+def _merge_pooled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sparse: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    labels: Tensor,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, its own log-sum-exp, and the pooled keys and values."""
+    with _device_of(query):
+        tensors = (query, key, value, sparse, lse, key_lengths, labels)
+        merged = pooled.merge(*tensors, block_q, block_kv, scale)
+        return merged.output, merged.lse, merged.pooled_key, merged.pooled_value
+
+
+merge_pooled = torch.library.custom_op("sla_kernels::merge_pooled", _merge_pooled, mutates_args=())
+
+
+@merge_pooled.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sparse: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    labels: Tensor,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    merged = pooled.new_results(query, labels)
+    return merged.output, merged.lse, merged.pooled_key, merged.pooled_value
+
+
+def _merge_pooled_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sparse: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    labels: Tensor,
+    output: Tensor,
+    total: Tensor,
+    pooled_key: Tensor,
+    pooled_value: Tensor,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, O^s and its log-sum-exp."""
+    with _device_of(query):
+        merged = pooled.Merged(output, total, pooled_key, pooled_value)
+        tensors = (grad, query, key, value, sparse, lse, key_lengths, labels)
+        return pooled.merge_backward(*tensors, merged, block_q, block_kv, scale)
+
+
+merge_pooled_backward = torch.library.custom_op(
+    "sla_kernels::merge_pooled_backward", _merge_pooled_backward, mutates_args=()
+)
+
+
+@merge_pooled_backward.register_fake
+def _(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sparse: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    labels: Tensor,
+    output: Tensor,
+    total: Tensor,
+    pooled_key: Tensor,
+    pooled_value: Tensor,
+    block_q: int,
+    block_kv: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(query),
+        torch.empty_like(key),
+        torch.empty_like(value),
+        torch.empty_like(sparse),
+        torch.empty_like(lse, memory_format=torch.contiguous_format),
+    )
+
+
 def _device_of(tensor: Tensor) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device_of(tensor)
@@ -360,26 +456,59 @@ def _backward(
     return (*wanted, *(None,) * (ctx.inputs - 5))
 
 
-sparse_linear_attention.register_autograd(_backward, setup_context=_save_routed)
-attend.register_autograd(_backward, setup_context=_save_given)
+def _save_merged(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.numbers = inputs[7:]
+    ctx.inputs = len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
-# An operator's function, and what keeps its inputs and results for the backward.
-_DIRECT: dict[Any, tuple[Callable[..., Any], Callable[..., None]]] = {
-    sparse_linear_attention: (_sparse_linear_attention, _save_routed),
-    attend: (_attend, _save_given),
+
+def _merged_backward(
+    ctx: Any, grad: Tensor | None, *others: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * ctx.inputs
+    saved = ctx.saved_tensors
+    observed = _observed(grad, saved[0])
+    backward = merge_pooled_backward if observed else _merge_pooled_backward
+    return (*backward(grad, *saved, *ctx.numbers), *(None,) * (ctx.inputs - 5))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What an operator is made of.
+
+    Attributes:
+        function: the forward.
+        save: keeps inputs and results for the backward.
+        backward: gradients of the inputs; only the first five can have one.
+    """
+
+    function: Callable[..., Any]
+    save: Callable[..., None]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+_PARTS: dict[Any, _Parts] = {
+    sparse_linear_attention: _Parts(_sparse_linear_attention, _save_routed, _backward),
+    attend: _Parts(_attend, _save_given, _backward),
+    merge_pooled: _Parts(_merge_pooled, _save_merged, _merged_backward),
 }
+for _operator, _parts in _PARTS.items():
+    _operator.register_autograd(_parts.backward, setup_context=_parts.save)
 
 
 def run(operator: Any, *inputs: Any) -> Any:
     """operator(*inputs), by the shortest way that nobody can tell from it."""
     if _observed(*inputs[:3]):
         return operator(*inputs)
-    function, save = _DIRECT[operator]
+    parts = _PARTS[operator]
     if torch.is_grad_enabled() and any(
         isinstance(tensor, Tensor) and tensor.requires_grad for tensor in inputs[:5]
     ):
-        return _Direct.apply(function, save, *inputs)
-    return function(*inputs)
+        return _Direct.apply(parts, *inputs)
+    return parts.function(*inputs)
 
 
 def run_low_bit(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -404,14 +533,13 @@ class _Direct(torch.autograd.Function):
     """The same gradients as the operators'."""
 
     @staticmethod
-    def forward(
-        ctx: Any, function: Callable[..., Any], save: Callable[..., None], *inputs: Any
-    ) -> Any:
-        output = function(*inputs)
-        save(ctx, inputs, output)
+    def forward(ctx: Any, parts: _Parts, *inputs: Any) -> Any:
+        output = parts.function(*inputs)
+        parts.save(ctx, inputs, output)
+        ctx.parts = parts
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, *_backward(ctx, *grads))
+        return (None, *ctx.parts.backward(ctx, *grads))

@@ -62,6 +62,27 @@ def backward_linear(dtype: torch.dtype, block_q: int, block_kv: int) -> Tiling:
     return {"TILE": min(32, block_kv), "STAGES": 1, "num_warps": 8}
 
 
+def merge_pooled(dtype: torch.dtype, block_q: int, columns: int) -> Tiling:
+    """As `forward`; so many pooled keys a tile."""
+    if dtype == torch.float32:
+        return {"TILE_M": min(64, block_q), "TILE_N": min(32, columns), "STAGES": 2, "num_warps": 8}
+    return {"TILE_M": min(64, block_q), "TILE_N": columns, "STAGES": 3, "num_warps": 4}
+
+
+def merge_pooled_queries(dtype: torch.dtype, block_q: int, columns: int) -> Tiling:
+    if dtype == torch.float32:
+        return {"TILE_M": min(32, block_q), "TILE_N": min(32, columns), "STAGES": 1, "num_warps": 8}
+    return {"TILE_M": min(64, block_q), "TILE_N": min(32, columns), "STAGES": 3, "num_warps": 4}
+
+
+def merge_pooled_keys(dtype: torch.dtype, block_q: int, columns: int) -> Tiling:
+    """Tiles of queries as in `backward_keys`."""
+    if dtype == torch.float32:
+        return {"TILE_M": min(32, block_q), "TILE_N": min(32, columns), "STAGES": 1, "num_warps": 8}
+    stages = 1 if block_q < 32 else 2
+    return {"TILE_M": min(64, block_q), "TILE_N": columns, "STAGES": stages, "num_warps": 4}
+
+
 def prepare(dtype: torch.dtype, block_q: int, block_kv: int) -> Tiling:
     """Two programs on a multiprocessor, for which registers are the limit."""
     if dtype == torch.bfloat16:
