@@ -199,7 +199,7 @@ def backward_keys(
     grad_output,
     total_lse,  # descriptors of (1, TILE_M) tiles
     delta,
-    grad_keys,  # float32 (splits, B*H, T_n, D), written
+    grad_keys,  # (splits, B*H, T_n, D), written. In bfloat16: see kernels/NOTES.md
     grad_values,
     labels,
     lengths,
@@ -213,7 +213,6 @@ def backward_keys(
     scale,
     LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
-    D: tl.constexpr,
     P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -254,17 +253,14 @@ def backward_keys(
         d_scores = (weights * (d_weights - d_row[None, :])).to(k.dtype)
         d_value = tl.dot(weights.to(v.dtype), grad, d_value, input_precision=PRECISION)
         d_key = tl.dot(d_scores, q, d_key, input_precision=PRECISION)
-    blocks, columns = first + tl.arange(0, TILE_N), tl.arange(0, P)
-    line = (split * all_heads + bh).to(tl.int64) * blocks_kv
-    places = (line + blocks[:, None]) * D + columns[None, :]
-    inside = (blocks[:, None] < blocks_kv) & (columns[None, :] < D)
-    tl.store(grad_keys + places, d_key * scale, mask=inside)
-    tl.store(grad_values + places, d_value, mask=inside)
+    dtype = grad_keys.dtype
+    store_tile(grad_keys, split, bh, first, (d_key * scale).to(dtype), TILE_N, P)
+    store_tile(grad_values, split, bh, first, d_value.to(dtype), TILE_N, P)
 
 
 @triton.jit
 def spread(
-    grad_keys,  # float32 (splits, B*H, T_n, D)
+    grad_keys,  # (splits, B*H, T_n, D)
     grad_values,
     grad_key,
     grad_value,
@@ -290,8 +286,8 @@ def spread(
     d_value = tl.zeros([P], tl.float32)
     for split in tl.static_range(SPLITS):
         places = (place + split * all_heads * blocks_kv).to(tl.int64) * D + columns
-        d_key += tl.load(grad_keys + places, mask=columns < D, other=0.0)
-        d_value += tl.load(grad_values + places, mask=columns < D, other=0.0)
+        d_key += tl.load(grad_keys + places, mask=columns < D, other=0.0).to(tl.float32)
+        d_value += tl.load(grad_values + places, mask=columns < D, other=0.0).to(tl.float32)
     count = tl.maximum(tl.minimum(tokens_kv - token, BLOCK_KV), 1)
     share = tl.where(token + tl.arange(0, BLOCK_KV) < tokens_kv, 1.0 / count, 0.0)[:, None]
     dtype = grad_key.dtype

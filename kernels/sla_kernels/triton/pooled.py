@@ -202,10 +202,8 @@ def merge_backward(
     steps = t_m * block_q // config["TILE_M"]
     splits = num_blocks(launch.programs_of(query, _PROGRAMS), tiles)
     splits = min(splits, steps, _MOST_SPLITS)
-    parts = [
-        query.new_empty((splits, batch * heads, t_n, head_dim), dtype=torch.float32)
-        for _ in range(2)
-    ]
+    shape = (splits, batch * heads, t_n, head_dim)
+    parts = [query.new_empty(shape, dtype=launch.sums_dtype(query.dtype)) for _ in range(2)]
     calls.launch(
         kernels.backward_keys,
         splits * tiles,
@@ -215,7 +213,7 @@ def merge_backward(
         calls.tiles(grad, config["TILE_M"]),
         calls.row_numbers(total, config["TILE_M"]),
         calls.row_numbers(delta, config["TILE_M"]),
-        *parts,
+        *(calls.tiles(part, config["TILE_N"]) for part in parts),
         labels,
         key_lengths,
         heads,
@@ -226,7 +224,6 @@ def merge_backward(
         num_blocks(steps, splits),
         scale * _LOG2_E,
         scale,
-        D=head_dim,
         **products,
         **numbers,
         **config,
@@ -254,5 +251,5 @@ def merge_backward(
 
 
 def _columns(t_n: int) -> int:
-    """Pooled keys of a tile: no more than there are, and as many as a product takes at least."""
-    return min(64, max(16, next_power_of_two(t_n)))
+    """Pooled keys of a tile: 32 at least, as `backend.unsupported_reason` says of float32."""
+    return min(64, max(32, next_power_of_two(t_n)))
