@@ -107,6 +107,19 @@ def test_backends_in_their_precisions(
             assert_low_precision_close(got, rounded, want)
 
 
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("label", [CRITICAL, MARGINAL])
+def test_one_token_is_its_value(label: int, backend: str, device: str) -> None:
+    case = Case("one_token", 1, 1, head_dim=24, block_q=16, block_kv=16)
+    tensors = list(random_inputs(case, device=device))
+    labels = torch.full((2, 2, 1, 1), label, dtype=torch.int8, device=device)
+    block_map = BlockMap(labels, 16, 16, 1, 1)
+    found = with_gradients(sparse_pooled_attention, tensors, block_map=block_map, backend=backend)
+    torch.testing.assert_close(found[0], tensors[2], atol=1e-6, rtol=1e-6)
+    for gradient in found[1:3]:  # the weight is 1, whatever the score
+        assert gradient.norm() < 1e-5
+
+
 @pytest.mark.skipif("triton" not in ALL, reason="needs Triton")
 @pytest.mark.parametrize("scale", [0.7, -0.5, 0.0])
 def test_the_kernels_take_any_scale(scale: float, device: str) -> None:
