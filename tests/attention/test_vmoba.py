@@ -300,3 +300,11 @@ def test_flops_need_a_density_that_depends_on_the_inputs() -> None:
     expected = HEADS * (exact + similarity + 2 * pairs * HEAD_DIM)
     assert method.flops(WHOLE, 0.5) == pytest.approx(expected)
     assert build(1, selection="density", critical=0.5).flops(WHOLE) == pytest.approx(expected)
+
+
+def test_opcheck_take() -> None:
+    ranked = torch.rand(1, 2, 3, 8).masked_fill(torch.rand(3, 8) < 0.2, -1.0)
+    amounts = torch.tensor([4.0, 4.0, 2.0])[:, None].expand(3, 8)
+    budget = torch.tensor([[9.0, 30.0]], dtype=torch.float64)
+    for reach in (True, False):
+        torch.library.opcheck(vmoba._take, (ranked, amounts, budget), {"reach": reach})

@@ -211,8 +211,12 @@ class VMoBAAttention(AttentionMethod):
         return self.num_heads * (exact + each * (1.0 + found))
 
 
+@torch.library.custom_op("sla::take_to_budget", mutates_args=())
 def _take(ranked: Tensor, amounts: Tensor, budget: Tensor, *, reach: bool) -> Tensor:
     """The first of the ranking, up to a budget of their amounts.
+
+    An operator of its own, as PyTorch 2.11's compiler fails on it for GPUs: "list indices must be
+    integers or slices, not NoneType", from the ranking that it inlines.
 
     The cut is found by bisection on the bits of the ranked numbers, which are ordered as the
     numbers are: a sort of all pairs would take longer than the attention.
@@ -257,6 +261,11 @@ def _take(ranked: Tensor, amounts: Tensor, budget: Tensor, *, reach: bool) -> Te
     chosen = torch.where(everything, bits >= 0, chosen)
     # With nothing left to spend the cut is above all.
     return (chosen & ((budget > 0) if reach else (budget >= 0))).unflatten(2, shape[2:])
+
+
+@_take.register_fake
+def _(ranked: Tensor, amounts: Tensor, budget: Tensor, *, reach: bool) -> Tensor:
+    return torch.empty_like(ranked, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
 _ONE = 0x3F800000  # the bits of 1.0

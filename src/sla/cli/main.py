@@ -9,8 +9,9 @@ import argparse
 import errno
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sla.cli.analysis_options import DEMO_CAPTURE, add_parsers
 
@@ -46,10 +47,44 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     if rest and (not hasattr(options, "overrides") or any(not _is_override(x) for x in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    rest = [*vars(options).pop(_LATE, []), *rest]
     if rest:
         options.overrides = [*options.overrides, *rest]
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     return options
+
+
+_LATE = "overrides_among_values"
+
+
+class _Several(argparse.Action):
+    """One value or more; overrides that follow them, which argparse counts among them, are not."""
+
+    def __init__(self, *arguments: Any, type: Callable[[str], Any] = str, **options: Any) -> None:
+        super().__init__(*arguments, nargs="+", **options)
+        self.convert = type
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        late = [value for value in values if _is_override(value)]
+        found = []
+        for value in values:
+            if value in late:
+                continue
+            try:
+                found.append(self.convert(value))
+            except ValueError:
+                kind = getattr(self.convert, "__name__", "value")
+                raise argparse.ArgumentError(self, f"invalid {kind} value: {value!r}") from None
+        if not found:
+            raise argparse.ArgumentError(self, "expected at least one argument")
+        setattr(namespace, self.dest, found)
+        setattr(namespace, _LATE, [*getattr(namespace, _LATE, []), *late])
 
 
 def _is_override(argument: str) -> bool:
@@ -100,9 +135,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     arms = commands.add_parser("study", help="run what is missing of a study")
     _add_config(arms)
-    arms.add_argument("--arms", nargs="+", default=[], metavar="NAME", help="only these arms")
-    arms.add_argument("--groups", nargs="+", default=[], metavar="NAME", help="only these groups")
-    arms.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="only these")
+    arms.add_argument("--arms", action=_Several, default=[], metavar="NAME", help="only these arms")
+    arms.add_argument(
+        "--groups", action=_Several, default=[], metavar="NAME", help="only these groups"
+    )
+    arms.add_argument(
+        "--seeds", action=_Several, type=int, default=[], metavar="N", help="only these"
+    )
     arms.add_argument(
         "--max-seconds", type=float, metavar="N", help="begin no step after so long; resumable"
     )
