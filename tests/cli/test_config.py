@@ -81,7 +81,22 @@ def test_overrides_may_stand_before_and_after_options() -> None:
 
 
 def test_overrides_may_follow_an_option_of_several_values() -> None:
-    options = parse("study a.b=1 --config c --groups x y c.d=2 --seeds 0 1 e.f=3".split())
+    options = parse(
+        [
+            "study",
+            "a.b=1",
+            "--config",
+            "c",
+            "--groups",
+            "x",
+            "y",
+            "c.d=2",
+            "--seeds",
+            "0",
+            "1",
+            "e.f=3",
+        ]
+    )
     assert (options.groups, options.seeds) == (["x", "y"], [0, 1])
     assert options.overrides == ["a.b=1", "c.d=2", "e.f=3"]
     for values in (["--seeds", "zero"], ["--groups"], ["--arms", "a.b=1"]):

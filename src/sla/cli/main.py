@@ -60,8 +60,14 @@ _LATE = "overrides_among_values"
 class _Several(argparse.Action):
     """One value or more; overrides that follow them, which argparse counts among them, are not."""
 
-    def __init__(self, *arguments: Any, type: Callable[[str], Any] = str, **options: Any) -> None:
-        super().__init__(*arguments, nargs="+", **options)
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        type: Callable[[str], Any] = str,
+        **options: Any,
+    ) -> None:
+        super().__init__(option_strings, dest, "+", **options)
         self.convert = type
 
     def __call__(
