@@ -19,7 +19,7 @@ _LEAST = tl.constexpr(-1e20)
 
 
 @triton.jit
-def pool(
+def pool_keys(
     key,
     value,
     lengths,  # int32 (B,)
@@ -122,7 +122,7 @@ def merge(
 
 
 @triton.jit
-def backward_queries(
+def merge_backward_queries(
     query,
     pooled_key,
     pooled_value,
@@ -192,7 +192,7 @@ def backward_queries(
 
 
 @triton.jit
-def backward_keys(
+def merge_backward_keys(
     query,
     pooled_key,
     pooled_value,

@@ -78,7 +78,7 @@ def merge(
         "BLOCK_KV": block_kv,
     }
     calls.launch(
-        kernels.pool,
+        kernels.pool_keys,
         batch * heads * t_n,
         calls.tiles(key, block_kv),
         calls.tiles(value, block_kv),
@@ -169,7 +169,7 @@ def merge_backward(
     }
     config = tiling.merge_pooled_queries(query.dtype, block_q, _columns(t_n))
     calls.launch(
-        kernels.backward_queries,
+        kernels.merge_backward_queries,
         batch * heads * t_m * block_q // config["TILE_M"],
         calls.tiles(query, config["TILE_M"]),
         calls.tiles(pooled_key, config["TILE_N"]),
@@ -205,7 +205,7 @@ def merge_backward(
     shape = (splits, batch * heads, t_n, head_dim)
     parts = [query.new_empty(shape, dtype=launch.sums_dtype(query.dtype)) for _ in range(2)]
     calls.launch(
-        kernels.backward_keys,
+        kernels.merge_backward_keys,
         splits * tiles,
         calls.tiles(query, config["TILE_M"]),
         calls.tiles(pooled_key, config["TILE_N"]),
