@@ -166,6 +166,19 @@ def test_all_arms_and_failures_are_listed(tmp_path: Path) -> None:
     assert "| full | +0.00%" in study.TABLES["study_curve"](tmp_path)
 
 
+def test_forms_are_compared_with_full_attention_and_with_sla(tmp_path: Path) -> None:
+    assert "no record yet" in study.TABLES["study_forms"](tmp_path)
+    write(tmp_path, "full", 1.0)
+    write(tmp_path, "sla", 1.25)
+    write(tmp_path, "sparse_pooled_95", 1.1)
+    lines = study.TABLES["study_forms"](tmp_path).splitlines()
+    (found,) = [line for line in lines if line.startswith("| sparse pooled, 5 % |")]
+    loss, over = found.split(" | ")[1:3]
+    assert loss.startswith("+10.")
+    assert over.startswith("-12.")
+    assert any(line.startswith("| SLA2, 5 % | (no record yet) |") for line in lines)
+
+
 @pytest.mark.parametrize("name", ["arms", "images"])
 def test_the_studies_of_the_repository_can_be_read(name: str) -> None:
     plan = load_plan(ROOT / f"configs/study/{name}.yaml")

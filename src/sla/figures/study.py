@@ -59,6 +59,19 @@ TABLE_3 = (
     Line("VMoBA(2D)", None),
     Line("SLA", "sla"),
 )
+# What the form of the output and the blocks' shape do; no table of the paper's.
+FORMS = (
+    Line("sparse only, 5 %", "sparse_only_95"),
+    Line("SLA, 5 %", "sla"),
+    Line("SLA2, 5 %", "sla2_95"),
+    Line("sparse pooled, 5 %", "sparse_pooled_95"),
+    Line("sparse only, 5 %, blocks of 4x4x4", "sparse_only_95_tiles"),
+    Line("SLA, 5 %, blocks of 4x4x4", "sla_tiles"),
+    Line("sparse pooled, 5 %, blocks of 4x4x4", "sparse_pooled_95_tiles"),
+    Line("sparse pooled, 3 %", "sparse_pooled_97"),
+    Line("L+S, 10 %", "linear_plus_sparse_90"),
+    Line("sparse only, 15 %", "sparse_only_85"),
+)
 # FID, FLOPs, sparsity; LightningDiT-1p0B/1, ImageNet at 512 x 512, 100,000 steps.
 PAPER_TABLE_3 = {
     "Full attention": ("31.87", "12.88G", "0%"),
@@ -95,6 +108,28 @@ def table_3(root: Path = RESULTS) -> str:
     source = "arXiv 2509.24006, Table 3: LightningDiT-1p0B/1, ImageNet 512 x 512, 100,000 steps"
     block = f"The paper's ({source}; not measured by us):\n\n{paper}"
     return _paper_table(root, IMAGES, TABLE_3, block, "")
+
+
+def forms(root: Path = RESULTS) -> str:
+    """Block means in the same softmax beside SLA's two branches, also over SLA's own loss."""
+    records = read_records(root)
+    body, used = [], []
+    for line in FORMS:
+        runs = records.of(VIDEO, line.arm) if line.arm else []
+        if not runs:
+            body.append([line.paper, "(no record yet)", *[""] * (len(_head(VIDEO)) - 1)])
+            continue
+        assert line.arm is not None
+        found = claims.compare(records, VIDEO, line.arm, "sla")
+        cells = _cells(records, VIDEO, line.arm)
+        over = _percent(found.estimate) if found else _NONE
+        body.append([line.paper, cells[1], over, *cells[2:]])
+        used += [source for run in runs for source in run.sources]
+    if not used:
+        return _no_record("--groups main pooled order")
+    full, *others = _head(VIDEO)[1:]
+    head = ["method", full, "over SLA's", *others]
+    return f"{markdown(head, body)}\n\n{_legend(records, VIDEO)}\n\n{_origin(used)}"
 
 
 def all_arms(root: Path = RESULTS) -> str:
@@ -179,6 +214,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "study_arms": all_arms,
     "study_claims": claims_table,
     "study_curve": curve,
+    "study_forms": forms,
 }
 
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,10 +238,14 @@ def kernels_stages(root: Path = RESULTS) -> str:
 
 
 def attention_methods(root: Path = RESULTS) -> str:
-    """Every attention method on a GPU: its exact work, what that predicts, and its extras."""
-    rows: list[Measurement] = []
-    for found in read_newest_rows("attention", ATTENTION_IDENTITY, root).values():
-        rows = rows or [m for m in reversed(found) if m.row["dtype"] == "bfloat16"]
+    """The attention methods on each GPU: exact work, what that predicts, and extras."""
+    found = read_newest_rows("attention", ATTENTION_IDENTITY, root)
+    empty = "(no record yet: `make bench ARGS=--record BENCH=attention` on a GPU)"
+    return _a_part_each(_attention_methods, found, empty)
+
+
+def _attention_methods(found: list[Measurement]) -> str:
+    rows = [m for m in reversed(found) if m.row["dtype"] == "bfloat16"]
     head = ["method", "blocks", "exact scores"]
     for direction in DIRECTIONS[:2]:
         head += [f"{direction}: all, ms", "sparse branch", "predicted", "ratio", "extras"]
@@ -260,22 +264,26 @@ def attention_methods(root: Path = RESULTS) -> str:
                 line.append(f"{one[key]:.2f}" if one.get(key) is not None else "")
         body.append(line)
     if not body:
-        return "(no record yet: `make bench ARGS=--record BENCH=attention` on a GPU)"
+        return ""
     sources = {m.source.path: m.source for m in rows}
     return f"{_markdown(head, body)}\n\n{_origin(list(sources.values()))}"
 
 
 def end_to_end(root: Path = RESULTS) -> str:
     """Wan2.1 with random weights on each GPU: a denoising step, a training step, a generation."""
-    return _a_part_each(_end_to_end, root)
+    return _a_part_each(_end_to_end, end_to_end_by_device(root), _NO_END_TO_END)
 
 
-def _a_part_each(write: Callable[[list[Measurement]], str], root: Path) -> str:
+def _a_part_each(
+    write: Callable[[list[Measurement]], str],
+    by_device: Mapping[str, list[Measurement]],
+    empty: str,
+) -> str:
     """Devices one below the other, each named, as their times do not compare."""
-    parts = {device: write(rows) for device, rows in end_to_end_by_device(root).items()}
+    parts = {device: write(rows) for device, rows in by_device.items()}
     parts = {device: part for device, part in parts.items() if part}
     if not parts:
-        return "(no record yet: `make bench-e2e ARGS=--record` on a GPU)"
+        return empty
     return "\n\n".join(f"{device}:\n\n{part}" for device, part in parts.items())
 
 
@@ -324,7 +332,7 @@ def _end_to_end(rows: list[Measurement]) -> str:
 
 def end_to_end_summary(root: Path = RESULTS) -> str:
     """A line a method of `end_to_end`: each task compiled, or eager where that is all there is."""
-    return _a_part_each(_end_to_end_summary, root)
+    return _a_part_each(_end_to_end_summary, end_to_end_by_device(root), _NO_END_TO_END)
 
 
 def _end_to_end_summary(rows: list[Measurement]) -> str:
@@ -443,6 +451,7 @@ def data_speed(root: Path = RESULTS) -> str:
 
 
 END_TO_END = ("step", "train", "generation")
+_NO_END_TO_END = "(no record yet: `make bench-e2e ARGS=--record` on a GPU)"
 END_TO_END_NAMES = {
     "flash_attention_2": "FlashAttention-2",
     "cudnn": "cuDNN attention",
