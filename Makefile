@@ -58,9 +58,11 @@ study-data: $(ENVIRONMENT) ## make the study set of simulated clips: OUT= ARGS="
 study-evaluator: $(ENVIRONMENT) ## train the study's evaluator network: CONFIG= OUT= ARGS=
 	$(PY) -m sla study-evaluator --config $(config) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-study-weights: $(ENVIRONMENT) ## put the study's pretrained model and evaluator in place, from assets/study
+study-weights: $(ENVIRONMENT) ## put the study's pretrained models and evaluators in place, from assets/study
 	$(PY) -m sla study-weights join runs/study-pretrain/model.safetensors assets/study
 	$(PY) -m sla study-weights join runs/study-evaluator/evaluator.safetensors assets/study
+	$(PY) -m sla study-weights join runs/study-image-pretrain/model.safetensors assets/study/images
+	$(PY) -m sla study-weights join runs/study-evaluator/image_evaluator.safetensors assets/study/images
 
 study: $(ENVIRONMENT) ## run what is missing of the study: CONFIG= OUT= ARGS="--groups main --max-seconds 500"
 	$(PY) -m sla study --config $(config) $(if $(OUT),--out $(OUT)) $(ARGS)
