@@ -325,6 +325,14 @@ def test_commands_from_model_to_record(
     described = row(recorded.rows, "capture")
     assert described["rows"] == 64
     assert described["weights"] == capture.plan.weights
+    assert "stage" not in described
+
+    stage = ("--record", "--stage", "after 3 steps", "--no-methods", "--rows", "64")
+    assert call("analyse", "--capture", out, *stage) == 0
+    found = [
+        row(r.rows, "capture").get("stage") for r in read_all("analysis", tmp_path / "results")
+    ]
+    assert sorted(found, key=str) == [None, "after 3 steps"]
 
 
 def test_prompts_are_captured_at_the_samplers_steps(

@@ -207,6 +207,9 @@ def test_the_newest_record_is_drawn(rows: list[dict[str, Any]], tmp_path: Path) 
     lines = [old.read_text().splitlines()[0].replace('"date": "2', '"date": "3')]
     newer.write_text("\n".join([*lines, *(json.dumps(row) for row in changed)]) + "\n")
     (old.parent / "later-of-something-else.jsonl").write_text(lines[0] + "\n")
+    stage = {"measure": "capture", "stage": "before training"}
+    later = lines[0].replace('"date": "3', '"date": "4')
+    (old.parent / "later-of-a-stage.jsonl").write_text(f"{later}\n{json.dumps(stage)}\n")
     assert newest(tmp_path).path == newer
 
 

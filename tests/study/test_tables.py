@@ -132,6 +132,39 @@ def test_the_table_of_attention_is_of_the_arms_own_model(tmp_path: Path) -> None
     assert line.startswith("| consecutive tokens | 5.0% | 25.0% | 0.900 | 0.800 | 0.125 | - |")
 
 
+def test_stages_of_training_stand_in_their_order(tmp_path: Path) -> None:
+    assert "no record yet" in study_attention.stages(tmp_path)
+    write(tmp_path, "full", 1.0, weights="ours")
+    place = {"layer": None, "head": None, "timestep": None}
+    ranks = {"stable_rank": 4.0, "stable_rank_top": 5.0, "stable_rank_rest": 2.0}
+    for weights, run, stage, above in (
+        ("earlier", "study", None, 0.4),
+        ("ours", "study", None, 0.25),
+        ("tuned", "tuned", "after 500 steps", 0.125),
+        ("random", "start", "before training", 0.5),
+        ("the demo's", "demo", None, 0.75),
+    ):
+        capture = {"measure": "capture", "weights_sha256": weights, "run": run, "samples": 2}
+        shares = {"above": above, "sum_above": 0.9, "below": 0.1}
+        recall = {"order": "raster", "critical": [0.1, 0.05], "pooled": [0.3, 0.2]}
+        rows = [
+            {**capture, "grid": [2, 2, 2], **({"stage": stage} if stage else {})},
+            {"measure": "weights", **place, **shares, **ranks},
+            {"measure": "recall", **place, **recall, "oracle": [0.5, 0.25]},
+        ]
+        write_results("analysis", rows, root=tmp_path)
+    lines = study_attention.stages(tmp_path).splitlines()
+    assert [line.split(" | ")[0][2:] for line in lines[2:-2]] == [
+        "before training",
+        "pretrained too little (superseded)",
+        "pretrained",
+        "after 500 steps",
+    ]
+    assert (
+        "| pretrained | 2 | 25.0% | 90.0% | 10.0% | 4.0 | 5.0 | 2.0 | 20.0% | 25.0% |" in lines[4]
+    )
+
+
 def test_a_verdict_needs_every_seed_on_one_side(tmp_path: Path) -> None:
     write(tmp_path, "full", 1.0)
     write(tmp_path, "sla", 1.0095, spread=0.0004)  # the bound of 1 % lies between the seeds

@@ -26,6 +26,7 @@ def analyse(
     methods: bool = True,
     device: str = "auto",
     record: bool = False,
+    stage: str | None = None,
     root: Path = RESULTS,
 ) -> Path | None:
     """Measure a capture.
@@ -37,6 +38,8 @@ def analyse(
         methods: run every registered method on it too; needs all queries.
         device: `auto`, or a device of PyTorch.
         record: keep the rows under `root`/analysis.
+        stage: where in training the model is, if that is what the record is for; it is kept in the
+            row `capture`.
 
     Returns:
         The results file, if recorded.
@@ -57,7 +60,7 @@ def analyse(
         return None
     file = ResultsFile(BENCHMARK, seed=capture.plan.seed, root=root)
     for row in found:
-        file.append(row)
+        file.append({**row, "stage": stage} if stage and row["measure"] == "capture" else row)
     print(f"recorded in {file.path}; draw it: python -m sla figures --capture {folder}")
     return file.path
 

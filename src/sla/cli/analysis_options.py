@@ -86,6 +86,12 @@ def add_parsers(commands: Any) -> None:
     )
     analyse.add_argument("--device", default="auto", help="default: a GPU if there is one")
     analyse.add_argument("--record", action="store_true", help="keep the rows under results/")
+    analyse.add_argument(
+        "--stage",
+        metavar="TEXT",
+        help="where in training the model is ('before training', 'after ...'), for the table of "
+        "stages; figures are not drawn of such a record",
+    )
     analyse.set_defaults(run=_analyse)
 
 
@@ -117,6 +123,7 @@ def _analyse(options: argparse.Namespace) -> None:
         methods=not options.no_methods,
         device=options.device,
         record=options.record,
+        stage=options.stage,
     )
 
 

@@ -19,12 +19,12 @@ _HOW = "make capture, then make analyse ARGS=--record"
 
 
 def newest(root: Path) -> Results:
-    """The newest record of a capture's measures.
+    """The newest record of a capture's measures, but for those of a stage of training.
 
     Raises:
         FigureError: there is none.
     """
-    found = [r for r in read_all("analysis", root) if rows_of(r, "capture")]
+    found = [r for r in read_all("analysis", root) if rows_of(r, "capture", stage=None)]
     if not found:
         raise FigureError(f"{root}/analysis has no record of attention; make one: {_HOW}")
     return found[0]

@@ -7,10 +7,11 @@ from typing import Any
 
 from sla.figures import claims
 from sla.figures.markdown import markdown, origin
-from sla.results import RESULTS, Results
+from sla.results import RESULTS, Results, read_all
 from sla.study.records import read_records
 
 Row = dict[str, Any]
+_FRACTION = 0.05  # of the blocks, in the table of stages
 _NONE = (
     "(no record yet: `python -m sla capture --config configs/study/pretrain.yaml --clips 6`, then "
     "`make analyse ARGS=--record`)"
@@ -54,18 +55,72 @@ def attention(root: Path = RESULTS) -> str:
     return "\n\n".join([*parts, origin([found])])
 
 
-def _by_order(found: Results, measure: str) -> dict[str, Row]:
-    """Means over layers, heads, timesteps and samples, by order of tokens."""
-    return {
-        row["order"]: row
+def stages(root: Path = RESULTS) -> str:
+    """How attention moves with training: means over layers, heads, timesteps and clips."""
+    own = claims.own_captures(read_records(root), root)[:1]
+    if not own:
+        return _NONE
+    (ours,) = (row for row in own[0].rows if row.get("measure") == "capture")
+    before: list[tuple[str, Results, Row]] = []
+    pretrained, after = before.copy(), before.copy()
+    seen: set[str] = set()
+    for found in read_all("analysis", root):
+        for row in found.rows:
+            if row.get("measure") != "capture" or row["grid"] != ours["grid"]:
+                continue
+            stage, weights = row.get("stage"), str(row["weights_sha256"])
+            if weights in seen or not (stage or row["run"] == ours["run"]):
+                continue
+            seen.add(weights)
+            if stage:
+                (before if stage.startswith("before") else after).append((stage, found, row))
+            elif weights == ours["weights_sha256"]:
+                pretrained.append(("pretrained", found, row))
+            else:
+                pretrained.append(("pretrained too little (superseded)", found, row))
+    lines = [*before, *reversed(pretrained), *reversed(after)]
+    body = [[stage, str(row["samples"]), *_stage_cells(found)] for stage, found, row in lines]
+    head = ["model", "clips", "weights over 1/N", "their attention", "weights under 1/(100 N)"]
+    head += ["stable rank", "of the top 8 %", "of the rest", "attention on the chosen 5 %"]
+    head += ["on the best 5 %", "error of O^s", "error of O^s and pooled others in one softmax"]
+    return f"{markdown(head, body)}\n\n{origin([found for _, found, _ in lines])}"
+
+
+def _stage_cells(found: Results) -> list[str]:
+    """Numbers of one record, of blocks of consecutive tokens at 5 %."""
+    weights = _whole(found, "weights")[0]
+    cells = [f"{weights[name]:.1%}" for name in ("above", "sum_above", "below")]
+    ranks = ("stable_rank", "stable_rank_top", "stable_rank_rest")
+    cells += [f"{weights[name]:.1f}" for name in ranks]
+    for measure, names, form in (
+        ("recall", ("pooled", "oracle"), "{:.1%}"),
+        ("branches", ("sparse", "pooled"), "{:.3f}"),
+    ):
+        row = _by_order(found, measure).get("raster", {})
+        fractions = row.get("critical", [])
+        for name in names:
+            known = _FRACTION in fractions and name in row
+            cells.append(form.format(row[name][fractions.index(_FRACTION)]) if known else "-")
+    return cells
+
+
+def _whole(found: Results, measure: str) -> list[Row]:
+    """Means over layers, heads, timesteps and samples."""
+    return [
+        row
         for row in found.rows
         if row.get("measure") == measure
         and all(row.get(name) is None for name in ("layer", "head", "timestep"))
-    }
+    ]
+
+
+def _by_order(found: Results, measure: str) -> dict[str, Row]:
+    """The same, by order of tokens."""
+    return {row["order"]: row for row in _whole(found, measure)}
 
 
 def _name(order: str) -> str:
     return "consecutive tokens" if order == "raster" else f"{order} tokens"
 
 
-__all__ = ["attention"]
+__all__ = ["attention", "stages"]

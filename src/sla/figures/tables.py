@@ -630,5 +630,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "multi_gpu": multi_gpu,
     "paper_speed": paper_speed,
     "study_attention": study_attention.attention,
+    "study_stages": study_attention.stages,
     **study.TABLES,
 }
