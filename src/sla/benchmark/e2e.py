@@ -31,6 +31,7 @@ from sla.attention import (
     SLA2Config,
     SLAConfig,
     SparseOnlyConfig,
+    SparsePooledConfig,
 )
 from sla.benchmark import timing
 from sla.benchmark.kernels import SEED, quantiles
@@ -78,6 +79,7 @@ ARMS: dict[str, Arm] = {
     "sla": Arm(SLAConfig(block_q=_Q, block_kv=_KV)),
     "sla-64x64": Arm(SLAConfig()),
     "sla2": Arm(SLA2Config()),
+    "sparse_pooled": Arm(SparsePooledConfig(block_q=_Q, block_kv=_KV)),
 }
 NO_METHOD = "none"
 BASELINES = ("flash_attention_2", "cudnn")

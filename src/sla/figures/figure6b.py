@@ -20,6 +20,7 @@ _NAMES = {
     "sla": "SLA",
     "sla-64x64": "SLA\n64x64",
     "sla2": "SLA2",
+    "sparse_pooled": "sparse\npooled",
 }
 _MODES = {"compiled": "compiled", "graph": "compiled,\nCUDA graph"}
 _COLOURS = {"attention": "tab:red", "the rest": "tab:gray"}

@@ -459,6 +459,7 @@ END_TO_END_NAMES = {
     "sla": "SLA",
     "sla-64x64": "SLA",
     "sla2": "SLA2",
+    "sparse_pooled": "sparse pooled",
 }
 END_TO_END_IDENTITY = ("method", "mode", "what", "size", "device", "dtype")
 METRICS_IDENTITY = (
