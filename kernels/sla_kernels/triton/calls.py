@@ -8,7 +8,9 @@ and numbers alone, so a later call that agrees in these goes to the compiled ker
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,30 @@ class _Record:
 
     kernels: list[tuple[Any, tuple[Any, ...]]] = field(default_factory=list)
     descriptors: list[TensorDescriptor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was asked for."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, int | float | str | bool]
+
+
+_recording: ContextVar[list[Launch] | None] = ContextVar("launches", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Keep launches in the list that this gives, in place of making them."""
+    found: list[Launch] = []
+    token = _recording.set(found)
+    try:
+        yield found
+    finally:
+        _recording.reset(token)
 
 
 _MOST_RECORDS = 512
@@ -46,6 +72,10 @@ class Calls:
         self, kernel: Any, programs: int, *arguments: Any, **constants: int | float | str | bool
     ) -> None:
         """kernel[(programs,)](*arguments, **constants); constants come last in its signature."""
+        kept = _recording.get()
+        if kept is not None:
+            kept.append(Launch(kernel, programs, arguments, constants))
+            return
         place, self._kernels = self._kernels, self._kernels + 1
         if self._known is not None:
             compiled, values = self._known.kernels[place]
@@ -58,7 +88,7 @@ class Calls:
 
     def done(self) -> None:
         """Keep what the call did for others like it."""
-        if self._known is None and len(self._new.kernels) == self._kernels:
+        if self._known is None and self._kernels and len(self._new.kernels) == self._kernels:
             _records[self._key] = self._new
             while len(_records) > _MOST_RECORDS:
                 _records.popitem(last=False)
