@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Weights that are kept here: of `make finetune`, and of the study, in parts.
+# Weights that are kept here: of `make finetune`, and of the study of clips and of images, in parts.
+# Runs of the study compare only with runs of the same weights.
 LARGE = {
     "assets/demo/model.safetensors": 8 * 2**20,
     **{f"assets/study/model.safetensors.{i:02d}": 15 * 2**20 for i in range(3)},
     "assets/study/evaluator.safetensors.00": 11 * 2**20,
+    **{f"assets/study/images/model.safetensors.{i:02d}": 15 * 2**20 for i in range(4)},
+    "assets/study/images/image_evaluator.safetensors.00": 11 * 2**20,
 }
 # A folder of one machine at the start of a path; `runs/home/x` and `https://host/home/x` are none.
 MACHINE_PATH = re.compile(r"(?<![\w./:~}-])/(?:home|root|work|tmp|mnt|scratch|Users)/\w[^\s'\"]*")
