@@ -94,8 +94,8 @@ def test_output_and_gradients_are_those_of_the_definition(
 def test_backends_in_their_precisions(
     case: Case, dtype: torch.dtype, backend: str, device: str
 ) -> None:
-    if backend == "reference" and dtype == LOW:
-        pytest.skip("the definition, which is rounded after each step")
+    if backend == "reference" and dtype == LOW and case.tokens_kv > 1000:
+        pytest.skip("over so many keys the definition, rounded after each step, is no measure")
     tensors = list(random_inputs(case, dtype, device=device))
     block_map = routed(case, tensors)
     exact = with_gradients(dense, [t.double() for t in tensors], block_map=block_map)
@@ -152,8 +152,11 @@ def test_what_lies_in_the_padding_does_not_matter(backend: str, device: str) -> 
         found.append(
             with_gradients(sparse_pooled_attention, filled, block_map=block_map, backend=backend)
         )
-    for got, want in zip(*found, strict=True):  # eager's sums have no fixed order on a GPU
-        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+    for got, want in zip(*found, strict=True):
+        if GPU and backend == "eager":  # its sums have no fixed order there
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+        else:
+            assert torch.equal(got, want)
     for gradient in found[1][2:]:
         assert not gradient[0, :, 64:].any()
         assert not gradient[1].any()
