@@ -85,8 +85,7 @@ def sparse_branch(
     query: Tensor, key: Tensor, value: Tensor, block_map: BlockMap, scale: float, want_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """O^s and, if wanted, its log-sum-exp, as `reference.sparse_branch`."""
-    if scale <= 0:  # the kernels take the highest scaled score for the scaled highest score
-        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
+    query, scale = _positive(query, scale)
     output, lse = _attend(query, key, value, None, None, block_map, "softmax", scale, True, False)
     if not want_lse:  # a cut to the tokens would make torch.compile look at their number
         return output, None
@@ -99,8 +98,7 @@ def low_bit_branch(
     """O^s computed in FP8, and its log-sum-exp, without gradients; None where it cannot be."""
     if low_bit.unsupported_reason(query, block_map.block_kv) is not None:
         return None
-    if scale <= 0:
-        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
+    query, scale = _positive(query, scale)
     rows, counts = block_map.row_table or operators.row_table(block_map.labels)
     output, lse = operators.run_low_bit(
         query.detach(),
@@ -127,8 +125,7 @@ def merge_pooled(
     scale: float,
 ) -> Tensor:
     """As `sla_kernels.pooled.merge_pooled`."""
-    if scale <= 0:
-        query, scale = (-query, -scale) if scale else (query * 0.0, 1.0)
+    query, scale = _positive(query, scale)
     output, *_ = operators.run(
         operators.merge_pooled,
         query,
@@ -250,6 +247,14 @@ def _attend(
         linear,
     )
     return output, lse
+
+
+def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a positive scale: the kernels take the highest scaled score for the
+    scaled highest score."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale else (query * 0.0, 1.0)
 
 
 def _too_large(query: Tensor, block_q: int, block_kv: int) -> bool:

@@ -107,9 +107,7 @@ def compile_for(one: Launch, target: int) -> Compiled:
         raise RuntimeError("TRITON_INTERPRET is 1, which compiles nothing; unset it")
     names = one.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
-    values = dict(zip(names, one.arguments, strict=False)) | {
-        name: value for name, value in one.constants.items() if name in names
-    }
+    values = {**dict(zip(names, one.arguments, strict=False)), **one.constants}
     for place, name in enumerate(names):
         value = values[name]
         signature[name] = _type(value) if name not in one.constants else "constexpr"
