@@ -113,18 +113,7 @@ def table_3(root: Path = RESULTS) -> str:
 def forms(root: Path = RESULTS) -> str:
     """Block means in the same softmax beside SLA's two branches, also over SLA's own loss."""
     records = read_records(root)
-    body, used = [], []
-    for line in FORMS:
-        runs = records.of(VIDEO, line.arm) if line.arm else []
-        if not runs:
-            body.append([line.paper, "(no record yet)", *[""] * (len(_head(VIDEO)) - 1)])
-            continue
-        assert line.arm is not None
-        found = claims.compare(records, VIDEO, line.arm, "sla")
-        cells = _cells(records, VIDEO, line.arm)
-        over = _percent(found.estimate) if found else _NONE
-        body.append([line.paper, cells[1], over, *cells[2:]])
-        used += [source for run in runs for source in run.sources]
+    body, used = _lines(records, VIDEO, FORMS, beside="sla")
     if not used:
         return _no_record("--groups main pooled order")
     full, *others = _head(VIDEO)[1:]
@@ -220,23 +209,37 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 def _paper_table(root: Path, study: str, lines: Sequence[Line], paper: str, wanted: str) -> str:
     records = read_records(root)
-    found = [line for line in lines if line.arm and records.of(study, line.arm)]
-    if not found:
+    body, used = _lines(records, study, lines)
+    if not used:
         return f"Ours: {_no_record(wanted, study)}\n\n{paper}"
-    body, used = [], []
-    for line in lines:
-        runs = records.of(study, line.arm) if line.arm else []
-        if not runs:
-            reason = "no record yet" if line.arm else "no such arm"
-            body.append([line.paper, f"({reason})", *[""] * (len(_head(study)) - 2)])
-            continue
-        assert line.arm is not None
-        cells = _cells(records, study, line.arm)
-        body.append([line.paper, *cells[1:]])
-        used += [source for run in runs for source in run.sources]
     head = ["method", *_head(study)[1:]]
     ours = f"Ours:\n\n{markdown(head, body)}\n\n{_legend(records, study)}\n\n{_origin(used)}"
     return f"{ours}\n\n{paper}"
+
+
+def _lines(
+    records: Records, study: str, lines: Sequence[Line], beside: str | None = None
+) -> tuple[list[list[str]], list[Results]]:
+    """Cells of each line, those without a run too, and the records behind them.
+
+    Args:
+        beside: an arm whose loss each is compared with in a column after that of full attention's.
+    """
+    body, used = [], []
+    for line in lines:
+        runs = records.of(study, line.arm) if line.arm else []
+        if not runs or line.arm is None:
+            reason = "no record yet" if line.arm else "no such arm"
+            width = len(_head(study)) - 2 + (beside is not None)
+            body.append([line.paper, f"({reason})", *[""] * width])
+            continue
+        _, loss, *cells = _cells(records, study, line.arm)
+        if beside is not None:
+            found = claims.compare(records, study, line.arm, beside)
+            cells.insert(0, _percent(found.estimate) if found else _NONE)
+        body.append([line.paper, loss, *cells])
+        used += [source for run in runs for source in run.sources]
+    return body, used
 
 
 def _head(study: str) -> list[str]:

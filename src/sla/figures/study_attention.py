@@ -61,10 +61,9 @@ def stages(root: Path = RESULTS) -> str:
     if not own:
         return _NONE
     (ours,) = (row for row in own[0].rows if row.get("measure") == "capture")
-    before: list[tuple[str, Results, Row]] = []
-    pretrained, after = before.copy(), before.copy()
+    lines: list[tuple[int, str, Results, Row]] = []
     seen: set[str] = set()
-    for found in read_all("analysis", root):
+    for found in read_all("analysis", root):  # the newest first
         for row in found.rows:
             if row.get("measure") != "capture" or row["grid"] != ours["grid"]:
                 continue
@@ -72,18 +71,21 @@ def stages(root: Path = RESULTS) -> str:
             if weights in seen or not (stage or row["run"] == ours["run"]):
                 continue
             seen.add(weights)
+            place = 1  # between what was before training and after it
             if stage:
-                (before if stage.startswith("before") else after).append((stage, found, row))
+                place = 0 if stage.startswith("before") else 2
             elif weights == ours["weights_sha256"]:
-                pretrained.append(("pretrained", found, row))
+                stage = "pretrained"
             else:
-                pretrained.append(("pretrained too little (superseded)", found, row))
-    lines = [*before, *reversed(pretrained), *reversed(after)]
-    body = [[stage, str(row["samples"]), *_stage_cells(found)] for stage, found, row in lines]
+                stage = "pretrained too little (superseded)"
+            lines.append((place, stage, found, row))
+    lines.reverse()
+    lines.sort(key=lambda line: line[0])
+    body = [[stage, str(row["samples"]), *_stage_cells(found)] for _, stage, found, row in lines]
     head = ["model", "clips", "weights over 1/N", "their attention", "weights under 1/(100 N)"]
     head += ["stable rank", "of the top 8 %", "of the rest", "attention on the chosen 5 %"]
     head += ["on the best 5 %", "error of O^s", "error of O^s and pooled others in one softmax"]
-    return f"{markdown(head, body)}\n\n{origin([found for _, found, _ in lines])}"
+    return f"{markdown(head, body)}\n\n{origin([found for _, _, found, _ in lines])}"
 
 
 def _stage_cells(found: Results) -> list[str]:
