@@ -18,7 +18,8 @@ from sla.study import callbacks, measure, runner
 from sla.study.frames import read_strips, real_clips_of
 from sla.study.records import Records, read_records
 
-TIMES = ("train_step_ms", "denoise_step_ms")
+TIMES = {"train_step_ms", "denoise_step_ms"}
+TIMES |= {"train_kernel_ms"} if torch.cuda.is_available() else set()
 
 
 class KilledError(BaseException):
@@ -120,6 +121,20 @@ def test_no_frames_are_kept_where_none_are_wanted(study: Path, tmp_path: Path) -
     assert not (tmp_path / "results" / "study" / "frames").exists()
 
 
+def test_videos_of_the_reference_are_made_once_for_all_processes(
+    study: Path, tmp_path: Path
+) -> None:
+    same = {"full": {"attention.name": "full", "zero_shot": True, "seeds": [0, 1]}}
+    arms = changed(study, tmp_path, one={"arms": same})
+    assert run(arms, tmp_path, "--seeds", "0") == 0
+    (made,) = (tmp_path / "runs" / "tiny").glob("reference-*.npy")
+    np.save(made, np.zeros_like(np.load(made)))
+    assert run(arms, tmp_path, "--seeds", "1") == 0  # as another process would, with what is there
+    of_itself, of_black = read_records(tmp_path / "results").of("tiny", "full")
+    assert (of_itself.value("psnr") or 0) > 60
+    assert 0 < (of_black.value("psnr") or 0) < 30
+
+
 def test_times_can_be_measured_apart(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +151,7 @@ def test_times_can_be_measured_apart(
     records = read_records(tmp_path / "results")
     assert numbers(records) == plain  # no other number, and no other run
     times = {r.arm: {m for _, m in r.rows if m in TIMES} for r in records.runs.values()}
-    assert times == {"full": set(TIMES), "swapped": {"denoise_step_ms"}}
+    assert times == {"full": TIMES, "swapped": {"denoise_step_ms"}}
     for found in records.runs.values():
         assert (found.value("denoise_step_ms") or 0) > 0
         assert len(found.sources) == 2
@@ -144,6 +159,10 @@ def test_times_can_be_measured_apart(
     capsys.readouterr()
     assert run(arms, tmp_path, "--times", "sampling.batch_size=1") == 0
     assert "0 finished, 0 failed, 2 were done before" in capsys.readouterr().out
+    before = read_records(tmp_path / "results").of("tiny", "full")[0].timed
+    again = ("--times", "--retry", "--arms", "full", "sampling.batch_size=1")
+    assert run(arms, tmp_path, *again) == 0
+    assert read_records(tmp_path / "results").of("tiny", "full")[0].timed != before  # the newest
     assert run(arms, tmp_path, "--times", "--untimed") == 2
     assert "give one of them" in capsys.readouterr().err
 

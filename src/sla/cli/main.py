@@ -159,7 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     arms.add_argument("--out", type=Path, default=Path("results"), help="results folder")
     arms.add_argument("--runs", type=Path, default=Path("runs/study"), help="unfinished runs")
-    arms.add_argument("--retry", action="store_true", help="run again what had failed")
+    arms.add_argument(
+        "--retry", action="store_true", help="run again what had failed, and what --times measured"
+    )
     arms.add_argument(
         "--untimed", action="store_true", help="no times of steps: other processes share the GPU"
     )

@@ -48,7 +48,7 @@ def run(
         max_seconds: begin no further step after so long.
         out: the results folder, read for what is finished and written.
         runs: folder of unfinished runs.
-        retry: run again what had failed.
+        retry: run again what had failed; with `times`, measure all of them anew.
         timed: record the times of steps.
         times: measure the times of steps alone, of those that have none.
         listing: print what there is and what is missing, run nothing.

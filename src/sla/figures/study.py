@@ -254,6 +254,7 @@ def _head(study: str) -> list[str]:
         "FLOPs of full",
         "sparsity",
         "training step, ms",
+        "of that kernels, ms",
         "denoising step, ms",
         "seeds",
     ]
@@ -272,6 +273,7 @@ def _cells(records: Records, study: str, arm: str) -> list[str]:
     cells.append(_number(runs, "attention_flops_ratio", lambda v: f"{v:.2%}"))
     cells.append(_number(runs, "exact_fraction", lambda v: f"{1 - v:.1%}"))
     cells.append(_interval(by_seed(runs, "train_step_ms"), 1))
+    cells.append(_interval(by_seed(runs, "train_kernel_ms"), 1))
     cells.append(_interval(by_seed(runs, "denoise_step_ms"), 2))
     cells.append(str(len(runs)))
     return cells

@@ -96,6 +96,57 @@ class Curve(Callback):
         self._begun = time.perf_counter()
 
 
+class KernelTime(Callback):
+    """Sums the time of all kernels of some steps: what a step takes of the GPU, whatever the host
+    takes to launch it. Kernels of other processes must not run meanwhile. Nothing on a CPU.
+
+    Args:
+        first: number of the first step that is watched, from 0; it has compiled before.
+        steps: how many are watched.
+
+    Attributes:
+        step_ms: mean milliseconds of kernels and copies a step; None before, and on a CPU.
+    """
+
+    def __init__(self, first: int, steps: int) -> None:
+        self.first = first
+        self.steps = steps
+        self.step_ms: float | None = None
+        self._profile: Any = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        starts = batch_idx == self.first * trainer.accumulate_grad_batches
+        if starts and pl_module.device.type == "cuda":
+            _wait(pl_module)
+            self._profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+            )
+            self._profile.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        done = (batch_idx + 1) // trainer.accumulate_grad_batches
+        if self._profile is None or done < self.first + self.steps:
+            return
+        _wait(pl_module)
+        self._profile.stop()
+        microseconds = sum(
+            event.time_range.elapsed_us()
+            for event in self._profile.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
+        self.step_ms = microseconds / 1e3 / self.steps
+        self._profile = None
+
+
 def _wait(module: pl.LightningModule) -> None:
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)

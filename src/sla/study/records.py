@@ -24,7 +24,7 @@ from sla.results import RESULTS, Results, ResultsError, ResultsFile, read_all
 
 BENCHMARK = "study"
 FINISHED, FAILED, TIMED = "finished", "failed", "timed"
-STEP_TIMES = ("train_step_ms", "denoise_step_ms")
+STEP_TIMES = ("train_step_ms", "train_kernel_ms", "denoise_step_ms")
 # Metrics of the evaluator network: share of prompts that it finds shown, `accuracy/colour` of one
 # attribute; Frechet distance of its features to those of real held-out clips.
 ACCURACY, FRECHET = "accuracy", "evaluator_frechet"

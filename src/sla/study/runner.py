@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import hashlib
 import json
 import logging
 import time
@@ -26,9 +27,9 @@ from torch import Tensor
 from sla.attention import FullConfig
 from sla.config import to_dict
 from sla.data.module import VideoBatch, VideoDataModule
-from sla.files import file_sha256, locked, write_text
+from sla.files import atomic_path, file_sha256, locked, write_text
 from sla.seeds import drawing
-from sla.study.callbacks import Curve, OutOfTimeError
+from sla.study.callbacks import Curve, KernelTime, OutOfTimeError
 from sla.study.evaluator import Evaluator, load_evaluator
 from sla.study.frames import real_clips_of, spread, write_strips
 from sla.study.labels import Prompt, read_prompts
@@ -73,6 +74,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 WINDOW = 20  # training steps that are timed together
 TIMED_STEPS = 5 * WINDOW  # of a run that is for times alone
+WATCHED_STEPS = 5  # after them, whose kernels are timed
 
 
 @dataclass
@@ -165,7 +167,7 @@ class Runner:
             records: what was there before.
             results: where rows go.
             max_seconds: begin no further step after so long; the run at hand stays resumable.
-            retry: run again what had failed.
+            retry: run again what had failed; with `times`, measure all of them anew.
             times: measure the times of steps alone, of those that have none.
 
         Raises:
@@ -344,17 +346,21 @@ class Runner:
     def _time(self, job: Job, key: Key) -> tuple[list[Row], Row]:
         """Rows of the times of steps, and the last row's own fields: a short run, not kept."""
         begun = time.monotonic()
-        experiment = self._experiment(job, self._path(key, times=True), TIMED_STEPS)
+        steps = TIMED_STEPS + WATCHED_STEPS
+        experiment = self._experiment(job, self._path(key, times=True), steps)
         folder = open_run(experiment.run, job.numbers)
         module = self._module(job, experiment, folder)
         last = job.arm.curve[-1]
         rows: list[Row] = []
         if last:
             curve = Curve((), lambda *_: None, None, folder.checkpoints / "last.ckpt", WINDOW)
-            trainer = build_trainer(experiment, folder.path, [curve])
+            kernels = KernelTime(TIMED_STEPS, WATCHED_STEPS)
+            trainer = build_trainer(experiment, folder.path, [curve, kernels])
             trainer.fit(module, datamodule=build_data(experiment))
             assert curve.step_ms is not None  # more than two windows
             rows.append(measurement(last, "train_step_ms", curve.step_ms))
+            if kernels.step_ms is not None:
+                rows.append(measurement(last, "train_kernel_ms", kernels.step_ms))
         module.to(sampling_device(experiment.trainer))
         if self.prompts and job.arm.videos:
             few = self.prompts[: 3 * experiment.sampling.batch_size]
@@ -452,14 +458,28 @@ class Runner:
         write_strips(strips_of(key, videos, shown, None, range(len(shown))), root)
 
     def _reference(self, experiment: Experiment, device: torch.device) -> Videos:
-        """The pretrained full-attention model's videos, made once a session."""
+        """The pretrained full-attention model's videos, made once for all processes."""
         full = replace(experiment, attention=FullConfig())
         values = to_dict(full)
-        key = json.dumps([values[name] for name in ("sampling", "model", "flow", "data")])
+        decides = [
+            *(values[name] for name in ("sampling", "model", "flow")),
+            {**values["data"], "seed": 0},
+            self.weights_sha256,
+            [prompt.text for prompt in self.prompts],
+            # Another device or version may round otherwise.
+            *(torch.__version__, _device_name(device)),
+        ]
+        key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
         if key not in self._references:
-            model, text_encoder = build_networks(full, weights=str(self.weights))
-            module = build_module(full, model, text_encoder).to(device)
-            self._references[key] = sample_prompts(full, module, self.prompts).videos
+            path = self.runs / self.plan.name / f"reference-{key}.npy"
+            with locked(f"{path}.lock"):
+                if not path.is_file():
+                    model, text_encoder = build_networks(full, weights=str(self.weights))
+                    module = build_module(full, model, text_encoder).to(device)
+                    videos = sample_prompts(full, module, self.prompts).videos
+                    with atomic_path(path) as temporary, temporary.open("wb") as file:
+                        np.save(file, videos)
+            self._references[key] = np.load(path)
         return self._references[key]
 
 
@@ -503,7 +523,7 @@ def _first(batches: Sequence[VideoBatch], count: int) -> VideoBatch:
 def _is_done(key: Key, records: Records, retry: bool, times: bool) -> bool:
     run = records.runs.get(key)
     if times:
-        return key in records.times or (run is not None and run.has_times)
+        return not retry and (key in records.times or (run is not None and run.has_times))
     return run is not None or (key in records.failures and not retry)
 
 
@@ -533,6 +553,10 @@ def _clean_up(experiment: Experiment) -> None:
             torch.cuda.empty_cache()
         except RuntimeError as error:
             raise StudyError(f"the GPU cannot be used after this: {error}; run again") from error
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _now() -> str:
