@@ -1,5 +1,6 @@
 """A study runs what is missing, survives being killed, and records what fails."""
 
+import itertools
 import json
 import re
 import time
@@ -323,6 +324,22 @@ def test_a_session_ends_in_time_and_the_next_goes_on(
     found = numbers(read_records(tmp_path / "results"))
     assert len(found) == 1
     assert found.items() <= numbers(read_records(whole / "results")).items()
+
+
+def test_no_run_begins_late_and_the_one_at_hand_ends(
+    study: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    same = {"full": {"attention.name": "full", "zero_shot": True, "seeds": [0, 1], "videos": False}}
+    arms = changed(study, tmp_path, one={"arms": same})
+    asked = itertools.chain([0.0, 0.0], itertools.repeat(1e9))  # late once the first run began
+    clock = SimpleNamespace(perf_counter=time.perf_counter, monotonic=lambda: next(asked))
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "time", clock)
+        assert run(arms, tmp_path, "--begin-within", "1000") == 0
+    assert "1 finished, 0 failed, 0 were done before, 1 are left" in capsys.readouterr().out
 
 
 def test_a_failing_arm_is_recorded_and_the_rest_goes_on(

@@ -152,6 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-seconds", type=float, metavar="N", help="begin no step after so long; resumable"
     )
     arms.add_argument(
+        "--begin-within", type=float, metavar="N", help="begin no run after so many seconds"
+    )
+    arms.add_argument(
         "--share", type=_share, metavar="I/N", help="every N-th run from the I-th, for N machines"
     )
     arms.add_argument(
@@ -395,6 +398,7 @@ def _study(options: argparse.Namespace) -> int:
         seeds=options.seeds,
         share=options.share or (1, 1),
         max_seconds=options.max_seconds,
+        begin_within=options.begin_within,
         out=options.out,
         runs=options.runs,
         retry=options.retry,

@@ -32,6 +32,7 @@ def run(
     seeds: Sequence[int] = (),
     share: tuple[int, int] = (1, 1),
     max_seconds: float | None = None,
+    begin_within: float | None = None,
     out: Path = Path("results"),
     runs: Path = Path("runs/study"),
     retry: bool = False,
@@ -46,6 +47,7 @@ def run(
         share: (i, n) takes every n-th of these from the i-th on, so that n machines do all of it.
             Processes with the same folders need none: each takes what no other is at.
         max_seconds: begin no further step after so long.
+        begin_within: begin no further run after so long.
         out: the results folder, read for what is finished and written.
         runs: folder of unfinished runs.
         retry: run again what had failed; with `times`, measure all of them anew.
@@ -70,7 +72,15 @@ def run(
         return 0
     # Of its own name for each share: they come together in one folder later.
     results = StudyResults(out, plan.name if total == 1 else f"{plan.name}-share{number}")
-    outcome = runner.run(jobs, records, results, max_seconds=max_seconds, retry=retry, times=times)
+    outcome = runner.run(
+        jobs,
+        records,
+        results,
+        max_seconds=max_seconds,
+        begin_within=begin_within,
+        retry=retry,
+        times=times,
+    )
     print(f"{config}: {outcome}")
     for name, reason in outcome.failed.items():
         print(f"  {name} failed: {reason}", file=sys.stderr)

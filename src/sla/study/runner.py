@@ -157,6 +157,7 @@ class Runner:
         results: StudyResults,
         *,
         max_seconds: float | None = None,
+        begin_within: float | None = None,
         retry: bool = False,
         times: bool = False,
     ) -> Outcome:
@@ -167,6 +168,7 @@ class Runner:
             records: what was there before.
             results: where rows go.
             max_seconds: begin no further step after so long; the run at hand stays resumable.
+            begin_within: begin no further run after so long; the one at hand ends.
             retry: run again what had failed; with `times`, measure all of them anew.
             times: measure the times of steps alone, of those that have none.
 
@@ -175,7 +177,10 @@ class Runner:
             DataError: a clip whose frames are kept cannot be read.
             OSError: rows cannot be written.
         """
-        deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        now = time.monotonic()
+        deadline = None if max_seconds is None else now + max_seconds
+        limits = [now + limit for limit in (max_seconds, begin_within) if limit is not None]
+        last_begin = min(limits, default=None)
         outcome = Outcome()
         without_real_clips = bool(self._shown) and not times
         for job in jobs:
@@ -183,7 +188,7 @@ class Runner:
             if _is_done(key, records, retry, times):
                 outcome.before.append(name)
                 continue
-            if outcome.left or (deadline is not None and time.monotonic() > deadline):
+            if outcome.left or (last_begin is not None and time.monotonic() > last_begin):
                 outcome.left.append(name)
                 continue
             with locked(f"{self._path(key, times)}.lock", wait=False) as mine:
