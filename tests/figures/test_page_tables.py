@@ -43,6 +43,9 @@ def test_origins_name_a_device_and_a_command_once() -> None:
     text = origin([file("one", "a"), file("two", "a"), file("one", "b"), file("one", "a")])
     at = "torch 2.11, 2026-01-02, commit aaaaaaaa"
     assert text == f"<sub>one, {at}, `a`, `b`; two, {at}, `a`</sub>"
+    shares = [file("one", f"study --share {i}/2 x=1 --begin-within {9 - i}") for i in (1, 2)]
+    assert origin(shares) == f"<sub>one, {at}, `study x=1` in 2 parts</sub>"
+    assert origin(shares[:1]) == f"<sub>one, {at}, `{shares[0].provenance['command']}`</sub>"
 
 
 def test_every_claim_is_counted(tmp_path: Path) -> None:
