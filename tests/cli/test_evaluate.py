@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sla_eval import backbones
-from sla_eval.backbones import get_backbone
+from sla_eval.backbones import get_backbone, registry
 from sla_eval.dino import DinoViT
 
 from sla.benchmark import eval as throughput
@@ -250,7 +249,7 @@ def test_networks_are_measured_with_random_weights_and_rows_say_so(
     small = replace(
         get_backbone("dino_vitb16"), random=lambda: DinoViT(dim=8, depth=1, heads=1, image=32)
     )
-    monkeypatch.setitem(backbones._BACKBONES, "dino_vitb16", small)
+    monkeypatch.setitem(registry._BACKBONES, "dino_vitb16", small)
     names = "subject_consistency,temporal_flickering,motion_smoothness"
     options = [*SMALL, "--random-weights", "--workers", "0", "--device", "cpu"]
     assert benchmark([*options, "--metrics", names, "--out", str(tmp_path)]) == 0

@@ -12,7 +12,6 @@ from sla_eval import backbones
 from sla_eval.backbones import (
     Backbone,
     BackboneUnavailableError,
-    OpenClip,
     Source,
     WeightFile,
     available_backbones,
@@ -23,9 +22,11 @@ from sla_eval.backbones import (
     missing_random_backbone,
     random_backbone,
     register_backbone,
+    registry,
     weight_checksums,
     weights_folder,
 )
+from sla_eval.backbones.clip import OpenClip
 from sla_eval.metrics import FVD, AestheticQuality, MetricUnavailableError, metric_class
 from sla_eval.metrics.registry import available_metrics
 from torch import nn
@@ -38,8 +39,8 @@ def load_linear(path: Path) -> nn.Module:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "_BACKBONES", dict(backbones._BACKBONES))
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_BACKBONES", dict(registry._BACKBONES))
     monkeypatch.delenv("SLA_EVAL_WEIGHTS", raising=False)
 
 
@@ -61,7 +62,7 @@ def test_folder_is_the_argument_then_the_variable_then_weights(
     assert weights_folder("given") == Path("given")
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_loads_what_is_there_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "small.pth"
     torch.save(nn.Linear(2, 1).state_dict(), path)
@@ -76,7 +77,7 @@ def test_loads_what_is_there_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert missing_backbone("small") is None
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_says_what_is_missing(tmp_path: Path) -> None:
     register(package="no_such_package")
     text = missing_backbone("small", tmp_path)
@@ -90,7 +91,7 @@ def test_says_what_is_missing(tmp_path: Path) -> None:
             call("small", tmp_path)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_another_file_of_the_name_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "small.pth"
     torch.save(nn.Linear(2, 1).state_dict(), path)
@@ -99,7 +100,7 @@ def test_another_file_of_the_name_is_refused(tmp_path: Path) -> None:
         load_backbone("small", tmp_path)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -121,7 +122,7 @@ def test_loading_is_strict(tmp_path: Path, content: object, reason: str) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_the_first_complete_source_is_taken(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 1).state_dict(), tmp_path / "b.pth")
     sources = tuple(
@@ -144,7 +145,7 @@ class Zeros(nn.Linear):
         self.token = nn.Parameter(torch.zeros(4))
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_random_weights_are_always_the_same_and_no_zeros() -> None:
     source = Source((WeightFile("small.pth", "the shelf"),), {}, load_linear)
     register_backbone(Backbone("drawn", "A drawn network", (source,), random=Zeros))
@@ -160,7 +161,7 @@ def test_random_weights_are_always_the_same_and_no_zeros() -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_what_cannot_have_random_weights_says_why() -> None:
     source = Source((WeightFile("small.pth", "the shelf"),), {"no_such_package": "how"}, Zeros)
     register_backbone(Backbone("packaged", "A", (source,), random=Zeros))
@@ -238,7 +239,7 @@ def test_clip_computes_as_openais_loader_makes_it(device: str, dtype: torch.dtyp
     assert clip.encode_text(["a", "b"]).dtype == dtype
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_registry")
 def test_names_are_unique_and_known(tmp_path: Path) -> None:
     register()
     with pytest.raises(ValueError, match="'small' is registered"):
@@ -252,7 +253,7 @@ def test_names_are_unique_and_known(tmp_path: Path) -> None:
     [("torch", True), ("torch.nn", True), ("torch.no_such", False), ("no_such.thing", False)],
 )
 def test_packages_are_found_without_importing_them(name: str, there: bool) -> None:
-    assert backbones._has_package(name) is there
+    assert registry._has_package(name) is there
 
 
 def test_table_says_what_is_known_of_each_file() -> None:
