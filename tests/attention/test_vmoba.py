@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
 
 from sla.attention import (
@@ -33,8 +34,8 @@ def build(layer_index: int = 0, **numbers: object) -> VMoBAAttention:
     return method
 
 
-def inputs(grid: tuple[int, int, int]) -> tuple[list[Tensor], AttentionContext]:
-    generator = torch.Generator().manual_seed(0)
+def inputs(grid: tuple[int, int, int], seed: int = 0) -> tuple[list[Tensor], AttentionContext]:
+    generator = torch.Generator().manual_seed(seed)
     shape = (BATCH, math.prod(grid), HEADS, HEAD_DIM)
     qkv = [torch.randn(shape, generator=generator).transpose(1, 2) for _ in range(3)]
     return qkv, AttentionContext(grid=grid)
@@ -302,9 +303,17 @@ def test_flops_need_a_density_that_depends_on_the_inputs() -> None:
     assert build(1, selection="density", critical=0.5).flops(WHOLE) == pytest.approx(expected)
 
 
-def test_opcheck_take() -> None:
-    ranked = torch.rand(1, 2, 3, 8).masked_fill(torch.rand(3, 8) < 0.2, -1.0)
-    amounts = torch.tensor([4.0, 4.0, 2.0])[:, None].expand(3, 8)
-    budget = torch.tensor([[9.0, 30.0]], dtype=torch.float64)
-    for reach in (True, False):
-        torch.library.opcheck(vmoba._take, (ranked, amounts, budget), {"reach": reach})
+def test_compiling_leaves_it_as_it_is() -> None:
+    method = build()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda *args: method(*args) * 2, backend=counter)
+    for seed in range(2):
+        qkv, context = inputs(WHOLE, seed)
+        leaves = [[t.clone().requires_grad_() for t in qkv] for _ in range(2)]
+        found, expected = compiled(*leaves[0], context), method(*leaves[1], context) * 2
+        assert torch.equal(found, expected)
+        for output in (found, expected):
+            output.square().sum().backward()
+        for ours, plain in zip(*leaves, strict=True):
+            assert torch.equal(ours.grad, plain.grad)  # type: ignore[arg-type]
+    assert counter.op_count == 1  # what is done with its output

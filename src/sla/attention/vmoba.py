@@ -51,7 +51,8 @@ class VMoBAAttention(AttentionMethod):
 
     Execution: every pair is a virtual query. They are sorted by key block, so that 64 of them share
     their keys, computed by the block-sparse kernels, and a query's outputs merged by their
-    log-sum-exps. To size them, the host waits for the device once.
+    log-sum-exps. To size them, the host waits for the device once. `torch.compile` leaves all of it
+    as it is: sizes and loops depend on the choice, and would be compiled anew in every step.
 
     Raises:
         ValueError: a number of the config is out of range.
@@ -78,6 +79,7 @@ class VMoBAAttention(AttentionMethod):
         reason = super().unsupported_reason(query, key, value, context)
         return reason or grid_reason(query, context)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext
     ) -> Tensor:
@@ -211,12 +213,8 @@ class VMoBAAttention(AttentionMethod):
         return self.num_heads * (exact + each * (1.0 + found))
 
 
-@torch.library.custom_op("sla::take_to_budget", mutates_args=())
 def _take(ranked: Tensor, amounts: Tensor, budget: Tensor, *, reach: bool) -> Tensor:
     """The first of the ranking, up to a budget of their amounts.
-
-    An operator of its own, as PyTorch 2.11's compiler fails on it for GPUs: "list indices must be
-    integers or slices, not NoneType", from the ranking that it inlines.
 
     The cut is found by bisection on the bits of the ranked numbers, which are ordered as the
     numbers are: a sort of all pairs would take longer than the attention.
@@ -261,11 +259,6 @@ def _take(ranked: Tensor, amounts: Tensor, budget: Tensor, *, reach: bool) -> Te
     chosen = torch.where(everything, bits >= 0, chosen)
     # With nothing left to spend the cut is above all.
     return (chosen & ((budget > 0) if reach else (budget >= 0))).unflatten(2, shape[2:])
-
-
-@_take.register_fake
-def _(ranked: Tensor, amounts: Tensor, budget: Tensor, *, reach: bool) -> Tensor:
-    return torch.empty_like(ranked, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
 _ONE = 0x3F800000  # the bits of 1.0
