@@ -412,6 +412,10 @@ def test_options_of_arms(study: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     (routed_run,), (taught_run,), (free_run,) = (records.of("tiny", arm) for arm in arms)
     assert list((tmp_path / "runs" / "tiny").glob("routed-0-*/router.safetensors"))
     assert routed_run.last == taught_run.last == 3
+    recall = routed_run.values("router_recall_after", 0)
+    assert recall is not None
+    assert recall.shape == (2,)  # layers
+    assert 0 < recall.min() <= recall.max() < 1
     assert (taught_run.value("train_step_ms") or 0) > 0
     assert free_run.last == 0
     exact = free_run.value("exact_fraction")

@@ -64,6 +64,7 @@ from sla.training.build import (
 )
 from sla.training.config import Experiment
 from sla.training.module import DiffusionModule
+from sla.training.router import DEFAULT_NAME as ROUTER
 from sla.training.router import load_router, train_routers
 from sla.training.run import check_checkpoint
 from sla.training.run_folder import RunFolder, open_run
@@ -270,6 +271,8 @@ class Runner:
         stored = check_checkpoint(folder.checkpoint, module) if folder.checkpoint else None
         done = 0 if stored is None else int(stored["global_step"])
         rows.drop(lambda row: row["step"] > done)
+        if job.arm.router:
+            rows.add(_router_rows(folder.path / ROUTER))
 
         def measure(module: DiffusionModule, step: int) -> None:
             start = time.perf_counter()
@@ -383,8 +386,8 @@ class Runner:
         weights = experiment.run.init_weights
         model, text_encoder = build_networks(experiment, weights=weights)
         if job.arm.router:
-            router = folder.path / "router.safetensors"
-            if not router.is_file():
+            router = folder.path / ROUTER
+            if not router.with_suffix(".json").is_file():  # written last
                 train_routers(experiment, to_dict(experiment))
             load_router(router, model)
         elif experiment.run.router_weights is not None:
@@ -515,6 +518,17 @@ class _RowFile:
 
     def _write(self) -> None:
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def _router_rows(path: Path) -> list[Row]:
+    """What stage 1 did to each layer, from the report beside its file: attention on the critical
+    blocks and squared error, with the hard top-k, before and after."""
+    layers = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["layers"]
+    return [
+        measurement(0, f"router_{what}_{when}", [layer[when][what] for layer in layers])
+        for what in ("recall", "error")
+        for when in ("before", "after")
+    ]
 
 
 def _first(batches: Sequence[VideoBatch], count: int) -> VideoBatch:
