@@ -28,6 +28,7 @@ from sla.attention import FullConfig
 from sla.config import to_dict
 from sla.data.module import VideoBatch, VideoDataModule
 from sla.files import atomic_path, file_sha256, locked, write_text
+from sla.results import provenance
 from sla.seeds import drawing
 from sla.study.callbacks import Curve, KernelTime, OutOfTimeError
 from sla.study.evaluator import Evaluator, load_evaluator
@@ -469,13 +470,14 @@ class Runner:
         """The pretrained full-attention model's videos, made once for all processes."""
         full = replace(experiment, attention=FullConfig())
         values = to_dict(full)
+        made = provenance()
         decides = [
             *(values[name] for name in ("sampling", "model", "flow")),
             {**values["data"], "seed": 0},
             self.weights_sha256,
             [prompt.text for prompt in self.prompts],
-            # Another device or version may round otherwise.
-            *(torch.__version__, _device_name(device)),
+            # Another device, version or code may round otherwise.
+            *(device.type, made["device"], made["torch"], made["commit"]),
         ]
         key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
         if key not in self._references:
@@ -572,10 +574,6 @@ def _clean_up(experiment: Experiment) -> None:
             torch.cuda.empty_cache()
         except RuntimeError as error:
             raise StudyError(f"the GPU cannot be used after this: {error}; run again") from error
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _now() -> str:
