@@ -342,6 +342,19 @@ def test_no_run_begins_late_and_the_one_at_hand_ends(
     assert "1 finished, 0 failed, 0 were done before, 1 are left" in capsys.readouterr().out
 
 
+def test_clips_that_are_not_there_are_named_with_what_makes_them(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = changed(study, tmp_path, one={"arms": {"full": {"attention.name": "full"}}})
+    content = yaml.safe_load(arms.read_text())
+    content["measures"]["prompt_shards"] = ["nowhere/test-*.tar"]
+    arms.write_text(yaml.safe_dump(content))
+    assert run(arms, tmp_path, "--list") == 2
+    said = capsys.readouterr().err
+    assert "measures.prompt_shards is ['nowhere/test-*.tar']" in said
+    assert "make study-data" in said
+
+
 def test_a_failing_arm_is_recorded_and_the_rest_goes_on(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sla.attention import FullConfig
 from sla.config import to_dict
+from sla.data.manifest import DataError
 from sla.data.module import VideoBatch, VideoDataModule
 from sla.files import atomic_path, file_sha256, locked, write_text
 from sla.results import provenance
@@ -137,12 +138,18 @@ class Runner:
         check_metrics(plan.measures.video_metrics)
         self.prompts: list[Prompt] = []
         if plan.measures.prompts:
-            self.prompts = read_prompts(
-                plan.measures.prompt_shards,
-                plan.evaluator.attributes,
-                plan.measures.prompts,
-                plan.base_experiment().data.caption_field,
-            )
+            try:
+                self.prompts = read_prompts(
+                    plan.measures.prompt_shards,
+                    plan.evaluator.attributes,
+                    plan.measures.prompts,
+                    plan.base_experiment().data.caption_field,
+                )
+            except DataError as error:
+                raise StudyError(
+                    f"measures.prompt_shards is {list(plan.measures.prompt_shards)}: {error}; "
+                    "`make study-data` makes the study's own clips"
+                ) from error
         self._shown = spread(plan.measures.frames, len(self.prompts))  # of which frames are kept
         self._validations: dict[str, tuple[list[VideoBatch], Draws]] = {}
         self._references: dict[str, Videos] = {}
