@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
-import hashlib
 import json
 import logging
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from sla.attention import FullConfig
 from sla.config import to_dict
 from sla.data.manifest import DataError
 from sla.data.module import VideoBatch, VideoDataModule
-from sla.files import atomic_path, file_sha256, locked, write_text
+from sla.files import atomic_path, file_sha256, locked, sha256, write_text
 from sla.results import provenance
 from sla.seeds import drawing
 from sla.study.callbacks import Curve, KernelTime, OutOfTimeError
@@ -152,7 +152,6 @@ class Runner:
                 ) from error
         self._shown = spread(plan.measures.frames, len(self.prompts))  # of which frames are kept
         self._validations: dict[str, tuple[list[VideoBatch], Draws]] = {}
-        self._references: dict[str, Videos] = {}
 
     def key(self, job: Job) -> Key:
         """What names the job's rows."""
@@ -477,27 +476,30 @@ class Runner:
         """The pretrained full-attention model's videos, made once for all processes."""
         full = replace(experiment, attention=FullConfig())
         values = to_dict(full)
-        made = provenance()
         decides = [
             *(values[name] for name in ("sampling", "model", "flow")),
             {**values["data"], "seed": 0},
             self.weights_sha256,
             [prompt.text for prompt in self.prompts],
             # Another device, version or code may round otherwise.
-            *(device.type, made["device"], made["torch"], made["commit"]),
+            *(device.type, *(self._made[name] for name in ("device", "torch", "commit"))),
         ]
-        key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
-        if key not in self._references:
-            path = self.runs / self.plan.name / f"reference-{key}.npy"
-            with locked(f"{path}.lock"):
-                if not path.is_file():
-                    model, text_encoder = build_networks(full, weights=str(self.weights))
-                    module = build_module(full, model, text_encoder).to(device)
-                    videos = sample_prompts(full, module, self.prompts).videos
-                    with atomic_path(path) as temporary, temporary.open("wb") as file:
-                        np.save(file, videos)
-            self._references[key] = np.load(path)
-        return self._references[key]
+        key = sha256(json.dumps(decides).encode())[:16]
+        path = self.runs / self.plan.name / f"reference-{key}.npy"
+        with locked(f"{path}.lock"):
+            if not path.is_file():
+                model, text_encoder = build_networks(full, weights=str(self.weights))
+                module = build_module(full, model, text_encoder).to(device)
+                made = sample_prompts(full, module, self.prompts).videos
+                with atomic_path(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, made)
+        videos: Videos = np.load(path)
+        return videos
+
+    @cached_property
+    def _made(self) -> dict[str, Any]:
+        """What this process measures with."""
+        return provenance()
 
 
 class _RowFile:
