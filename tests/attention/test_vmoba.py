@@ -197,14 +197,16 @@ def test_equal_similarities_take_the_first_pairs() -> None:
     assert torch.equal(chosen, own.expand(BATCH, HEADS, -1, -1))
 
 
+@pytest.mark.parametrize("by_block", [True, False])
 @pytest.mark.parametrize("reach", [True, False])
-def test_bisection_takes_what_a_sort_would(reach: bool) -> None:
+def test_bisection_takes_what_a_sort_would(reach: bool, by_block: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, 4, 25)
     for levels in (2, 7, 10**6):  # many equal numbers, and hardly any
         ranked = torch.randint(levels, shape, generator=generator) / (levels - 1)
         ranked = torch.where(torch.rand(shape, generator=generator) < 0.2, -1.0, ranked)
-        amounts = torch.randint(1, 6, (*shape[:3], 1), generator=generator).float()
+        sizes_of = (*shape[:3], 1 if by_block else shape[3])
+        amounts = torch.randint(1, 6, sizes_of, generator=generator).float()
         for budget in (-3.0, 0.0, 0.5, 17.0, 60.0, 10**6):
             budgets = torch.full(shape[:2], budget, dtype=torch.float64)
             found = vmoba._take(ranked, amounts, budgets, reach=reach)

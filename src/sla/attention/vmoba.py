@@ -138,7 +138,7 @@ class VMoBAAttention(AttentionMethod):
         else:
             # Queries of a tile hold all its keys.
             held = blocks.lengths.double().square().sum()
-            amounts = blocks.lengths.float()[:, None].expand(tiles, tokens)
+            amounts = blocks.lengths.float()[:, None]
             budget = (self.config.critical * tokens**2 - held).expand(similarity.shape[:2])
         # -1 comes after every similarity; nothing is held by what is chosen already.
         ranked = similarity.masked_fill(own, -1.0)
@@ -222,24 +222,30 @@ def _take(ranked: Tensor, amounts: Tensor, budget: Tensor, *, reach: bool) -> Te
     Args:
         ranked: float32 (B, H, C, N): highest first, of equals the lower index (of C, then of N)
             first; each in [0, 1], or negative: never taken.
-        amounts: float32, broadcasts to (B, H, C, N), not negative.
+        amounts: float32, not negative: as `ranked`, or (..., C, 1) where a key block's are alike;
+            these take a third of the memory traffic.
         budget: float64 (B, H).
         reach: take until the sum reaches the budget; else until it would pass it.
 
     Returns:
         bool (B, H, C, N).
     """
-    shape = ranked.shape
-    amounts = amounts.expand(shape).masked_fill(ranked < 0, 0.0).flatten(2)
-    bits = ranked.contiguous().view(torch.int32).flatten(2)
-    budget = budget[..., None]
+    bits = ranked.contiguous().view(torch.int32)
+    budget = budget[..., None, None]
+    counted = amounts.shape[-1] == 1
 
     def enough(amount: Tensor) -> Tensor:
         return amount >= budget if reach else amount > budget
 
+    def by_block(these: Tensor) -> Tensor:
+        """The amounts of these, summed over the queries: float64 (B, H, C, 1)."""
+        if counted:
+            return these.sum(-1, keepdim=True) * amounts.double()
+        return torch.where(these, amounts, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+
     def held(cut: Tensor) -> Tensor:
         """The amount of all at or above the cut."""
-        return torch.where(bits >= cut, amounts, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+        return by_block(bits >= cut).sum(-2, keepdim=True)
 
     # The highest cut that holds enough; if not even all do, all are taken.
     low = torch.zeros(budget.shape, dtype=torch.int32, device=bits.device)
@@ -250,15 +256,16 @@ def _take(ranked: Tensor, amounts: Tensor, budget: Tensor, *, reach: bool) -> Te
         found = enough(held(middle))
         low, high = torch.where(found, middle, low), torch.where(found, high, middle)
     # What ranks at the cut itself is taken in order of its index.
-    above = held(low + 1)
     equal = bits == low
-    running = torch.where(equal, amounts, 0.0).cumsum(-1, dtype=torch.float64) + above
-    before = running - torch.where(equal, amounts, 0.0)
-    fits = before < budget if reach else running <= budget
+    blocks = by_block(equal)
+    before = held(low + 1) + blocks.cumsum(-2) - blocks
+    here = torch.where(equal, amounts, 0.0)
+    running = before + here.cumsum(-1, dtype=torch.float64)
+    fits = running - here < budget if reach else running <= budget
     chosen = (bits > low) | (equal & fits)
     chosen = torch.where(everything, bits >= 0, chosen)
     # With nothing left to spend the cut is above all.
-    return (chosen & ((budget > 0) if reach else (budget >= 0))).unflatten(2, shape[2:])
+    return chosen & ((budget > 0) if reach else (budget >= 0))
 
 
 _ONE = 0x3F800000  # the bits of 1.0
@@ -412,14 +419,16 @@ class _Merge(torch.autograd.Function):
         rows, row_lse = outputs.reshape(-1, width), lse.flatten()
         grad = grads[0].reshape(-1, width)
         d_rows, d_lse = torch.empty_like(rows), torch.empty_like(row_lse)
-        # dO_i = w_i dO and dL_i = w_i dO (O_i - O), w_i = exp(L_i - L), zero for filling. One head
-        # at a time: these are large, and twice as large in float32.
-        for start in range(0, len(rows), virtual):
-            head = slice(start, start + virtual)
-            query = ctx.pairs.query_of[head]
-            weights = (row_lse[head] - total[query]).exp()
-            weights = weights.masked_fill(~ctx.pairs.real[head], 0.0)
+        shared = (grad.to(total.dtype) * result).sum(-1)  # dO . O
+        # dO_i = w_i dO and dL_i = w_i dO (O_i - O), w_i = exp(L_i - L), zero for filling. A few
+        # heads at a time: these are large, and twice as large in float32.
+        step = virtual * max(1, _CHUNK // (virtual * width))
+        for start in range(0, len(rows), step):
+            heads = slice(start, start + step)
+            query = ctx.pairs.query_of[heads]
+            weights = (row_lse[heads] - total[query]).exp()
+            weights = weights.masked_fill(~ctx.pairs.real[heads], 0.0)
             parts = grad[query].to(weights.dtype)
-            d_lse[head] = weights * (parts * (rows[head] - result[query])).sum(-1)
-            d_rows[head] = (parts * weights[:, None]).to(rows.dtype)
+            d_lse[heads] = weights * ((parts * rows[heads]).sum(-1) - shared[query])
+            torch.mul(parts, weights[:, None], out=d_rows[heads])
         return d_rows.view_as(outputs), d_lse.view_as(lse), None
