@@ -26,23 +26,24 @@ def write(
     date: str = "2026-01-01",
     swapped: float = 1.0,
     spread: float = 0.0001,
+    last: int = 500,
 ) -> None:
-    """An arm whose loss is `factor` and, by seed, more times that of every clip."""
+    """An arm whose loss is `factor` and, by seed, more times that of every clip; `last` steps."""
     results = StudyResults(root, arm)
     for seed in seeds:
         common = {"study": name, "group": "main", "arm": arm, "digest": "d", "seed": seed}
         rows: list[dict[str, Any]] = [
-            measurement(0, "val_loss", swapped * CLIPS),
-            measurement(500, "val_loss", (factor + spread * seed) * CLIPS),
-            measurement(500, "psnr", [20.0 + seed, 22.0 + seed]),
-            measurement(500, "ssim", [0.5, 0.7]),
-            measurement(500, "temporal_flickering", [0.9, 0.9]),
-            measurement(500, ACCURACY, [1.0, 0.5]),
-            measurement(500, FRECHET, 3.0 + seed),
-            measurement(500, "attention_error_l1", [0.1, 0.3]),
-            measurement(500, "exact_fraction", [0.047, 0.047]),
-            measurement(500, "attention_flops", 5e10),
-            measurement(500, "attention_flops_ratio", 0.065),
+            *([measurement(0, "val_loss", swapped * CLIPS)] if last else []),
+            measurement(last, "val_loss", (factor + spread * seed) * CLIPS),
+            measurement(last, "psnr", [20.0 + seed, 22.0 + seed]),
+            measurement(last, "ssim", [0.5, 0.7]),
+            measurement(last, "temporal_flickering", [0.9, 0.9]),
+            measurement(last, ACCURACY, [1.0, 0.5]),
+            measurement(last, FRECHET, 3.0 + seed),
+            measurement(last, "attention_error_l1", [0.1, 0.3]),
+            measurement(last, "exact_fraction", [0.047, 0.047]),
+            measurement(last, "attention_flops", 5e10),
+            measurement(last, "attention_flops_ratio", 0.065),
         ]
         end = {"status": "finished", "date": date, "weights_sha256": weights}
         results.append([*({**common, **row} for row in rows), {**common, **end}])
@@ -175,6 +176,19 @@ def test_few_seeds_are_provisional(tmp_path: Path) -> None:
     write(tmp_path, "full", 1.0)
     write(tmp_path, "sla", 1.0, seeds=(1,))
     assert str(verdict(tmp_path, "SLA at 95 % matches")) == "so far holds (1 seed)"
+
+
+def test_an_arm_that_trains_nothing_counts_for_every_seed(tmp_path: Path) -> None:
+    write(tmp_path, "full", 1.0, spread=0.01)
+    write(tmp_path, "sparge_t", 1.0)
+    write(tmp_path, "sparge_f", 2.0, seeds=(0,), last=0)
+    found = verdict(tmp_path, "Sparge without training fails")
+    assert (str(found), found.seeds) == (claims.HOLDS, 3)
+    losses = claims.by_seed(read_records(tmp_path), "video", "sparge_f", "full")
+    assert losses == pytest.approx([2 / 1.0 - 1, 2 / 1.01 - 1, 2 / 1.02 - 1])
+    table = study.TABLES["study_1"](tmp_path).splitlines()
+    ours, _ = [row for row in table if row.startswith("| Sparge-F |")]
+    assert ours.endswith("| - | 1, not trained |")
 
 
 def test_arms_from_earlier_weights_are_named_and_not_compared(tmp_path: Path) -> None:

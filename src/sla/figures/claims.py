@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sla.results import Results, read_all
-from sla.study.records import Records
+from sla.study.records import Records, Run
 from sla.study.statistics import Estimate, paired_difference
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
@@ -82,7 +82,8 @@ class Claim:
 def compare(
     records: Records, study: str, arm: str, reference: str, step: int | None = None
 ) -> Comparison | None:
-    """Loss of an arm against a reference's, on the seeds that both ran from the same weights.
+    """Loss of an arm against a reference's, on the seeds that both ran from the same weights, or
+    that one ran, if the other trains nothing.
 
     Args:
         step: of both; None for the last of each.
@@ -114,6 +115,7 @@ def _relative(pairs: _Pairs) -> list[float]:
 def _pairs(records: Records, study: str, arm: str, reference: str, step: int | None) -> _Pairs:
     """Losses of both arms by seed, of equal shape; none if a seed's were not measured."""
     ours, theirs = ({run.seed: run for run in records.of(study, a)} for a in (arm, reference))
+    ours, theirs = _of_seeds(ours, theirs), _of_seeds(theirs, ours)
     values: _Pairs = {}
     for seed in sorted(ours.keys() & theirs.keys()):
         a, b = ours[seed].values("val_loss", step), theirs[seed].values("val_loss", step)
@@ -121,6 +123,13 @@ def _pairs(records: Records, study: str, arm: str, reference: str, step: int | N
             return {}
         values[seed] = (a, b)
     return values
+
+
+def _of_seeds(runs: dict[int, Run], others: dict[int, Run]) -> dict[int, Run]:
+    """An arm that trains nothing is the same at every seed: its one run counts for all of them."""
+    if len(runs) == 1 and next(iter(runs.values())).last == 0:
+        return dict.fromkeys(others, *runs.values())
+    return runs
 
 
 def full_for(records: Records, study: str, arm: str) -> str:

@@ -275,7 +275,7 @@ def _cells(records: Records, study: str, arm: str) -> list[str]:
     cells.append(_interval(by_seed(runs, "train_step_ms"), 1))
     cells.append(_interval(by_seed(runs, "train_kernel_ms"), 1))
     cells.append(_interval(by_seed(runs, "denoise_step_ms"), 2))
-    cells.append(str(len(runs)))
+    cells.append(f"{len(runs)}{'' if not runs or runs[0].last else ', not trained'}")
     return cells
 
 
