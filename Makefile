@@ -125,8 +125,8 @@ test-fast: $(ENVIRONMENT) ## run the tests that take seconds
 	$(PY) -m pytest tests -m "not slow" $(ARGS)
 
 test-gpu: export SLA_TEST_GPU := 1
-test-gpu: $(ENVIRONMENT) ## test the operator on a GPU at real shapes
-	$(PY) -m pytest tests/operator $(ARGS)
+test-gpu: $(ENVIRONMENT) ## test the operator, and compiled layers of every method, on a GPU at real shapes
+	$(PY) -m pytest tests/operator tests/attention/test_compiled.py tests/models/test_fusion.py $(ARGS)
 
 # Without PyTorch's caching of memory, so that what lies beside a tensor is nobody's.
 SANITIZED ?= test_sanitized and bfloat16
