@@ -49,7 +49,7 @@ class Layer(nn.Module):
         self.heads, self.grid = heads, grid
         self.norm = nn.LayerNorm(dim)
         self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        config = attention_config_class(name)(**numbers)
+        config = attention_config_class(name)(**numbers)  # type: ignore[arg-type]
         self.attention = build_attention(config, heads, 64, dim, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def prepared(
         layer = Layer(name, numbers, heads, grid)
         with torch.no_grad():
             for parameter in layer.attention.parameters():
-                parameter += 0.02 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
             layer.to_qkv.weight *= 2.0  # scores that differ
         x = torch.randn(2, grid[0] * grid[1] * grid[2], heads * 64)
     return layer.to(device), x.to(device)
