@@ -88,7 +88,12 @@ class _Move(torch.autograd.Function):
         ctx.save_for_backward(back, filling)
         ctx.fill = fill
         result = tensor.index_select(2, source)
-        return result.index_fill_(2, filling, 0.0) if fill else result
+        if not fill or not filling.shape[0]:
+            return result
+        # In place, the compiler of PyTorch 2.11 would give the input a gradient of zero.
+        if torch.compiler.is_compiling():
+            return result.index_fill(2, filling, 0.0)
+        return result.index_fill_(2, filling, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
