@@ -12,7 +12,7 @@ from sla.results import ResultsError
 from sla.study import parts
 from sla.study import records as records_module
 from sla.study.plan import StudyError
-from sla.study.records import StudyResults, measurement, pack, read_records, unpack
+from sla.study.records import StudyResults, measurement, pack, read_records, unpack, withdrawal
 
 
 def rows_of(arm: str = "sla", digest: str = "a", seed: int = 0, loss: float = 1.0) -> list[Any]:
@@ -72,6 +72,25 @@ def test_a_run_that_failed_and_then_finished_has_finished(tmp_path: Path) -> Non
     found = read_records(tmp_path)
     assert found.runs
     assert not found.failures
+
+
+def test_a_run_that_was_withdrawn_is_missing_until_it_is_run_again(tmp_path: Path) -> None:
+    results = StudyResults(tmp_path)
+    for seed in (0, 1):
+        results.append(rows_of(seed=seed))
+    first = read_records(tmp_path).runs["video", "sla", "a", 0]
+    results.append([withdrawal(first, "Wrong gradients.", "2026-01-01")])
+    found = read_records(tmp_path)
+    assert [run.seed for run in found.of("video", "sla")] == [1]
+    assert not found.failures
+    assert [(run.key, reason) for run, reason in found.withdrawn] == [
+        (first.key, "Wrong gradients.")
+    ]
+    again = rows_of(loss=4.0)
+    results.append([*again[:-1], {**again[-1], "date": "2026-01-02"}])
+    found = read_records(tmp_path)
+    assert [run.value("val_loss") for run in found.of("video", "sla")] == [5, 2]
+    assert not found.withdrawn
 
 
 def test_files_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

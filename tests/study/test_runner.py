@@ -373,6 +373,27 @@ def test_a_failing_arm_is_recorded_and_the_rest_goes_on(
     assert run(arms, tmp_path, "--retry") == 1
 
 
+def test_what_was_withdrawn_is_run_again(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {"full": {"attention.name": "full", "trainer.max_steps": 1, "seeds": [0]}}
+    arms = changed(study, tmp_path, one={"arms": one})
+    assert run(arms, tmp_path) == 0
+    reason = ("--withdraw", "The gradient was wrong.")
+    for options, message in (
+        (reason, "--arms or --groups"),
+        (("--arms", "full", "--withdraw", " "), "has no reason"),
+    ):
+        assert run(arms, tmp_path, *options) == 2
+        assert message in capsys.readouterr().err
+    assert run(arms, tmp_path, "--arms", "full", *reason) == 0
+    assert not read_records(tmp_path / "results").runs
+    assert run(arms, tmp_path, "--arms", "full", *reason) == 2
+    assert "none of these runs is finished" in capsys.readouterr().err
+    assert run(arms, tmp_path) == 0
+    assert len(read_records(tmp_path / "results").runs) == 1
+
+
 def test_no_times_are_kept_of_a_shared_gpu(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from sla.figures import claims, study, study_attention
 from sla.results import write_results
 from sla.study.plan import load_plan
-from sla.study.records import ACCURACY, FRECHET, StudyResults, measurement, read_records
+from sla.study.records import ACCURACY, FRECHET, StudyResults, measurement, read_records, withdrawal
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIPS = np.random.default_rng(0).uniform(0.5, 1.5, (40, 4))
@@ -211,6 +211,17 @@ def test_all_arms_and_failures_are_listed(tmp_path: Path) -> None:
     assert "| main | full | +0.00%" in text
     assert "vsa_89, seed 2: failed, no memory" in text
     assert "| full | +0.00%" in study.TABLES["study_curve"](tmp_path)
+
+
+def test_what_was_withdrawn_is_named_with_its_reason(tmp_path: Path) -> None:
+    for arm in ("full", "vsa_89"):
+        write(tmp_path, arm, 1.0)
+    runs = read_records(tmp_path).of("video", "vsa_89")
+    rows = [withdrawal(run, "No gradient.", "2026-01-02") for run in runs[:2]]
+    StudyResults(tmp_path).append(rows)
+    text = study.TABLES["study_arms"](tmp_path)
+    assert "Withdrawn: vsa_89 (seed 0), vsa_89 (seed 1). No gradient. Their rows are in " in text
+    assert "| vsa_89 |" in text  # the third
 
 
 def test_forms_are_compared_with_full_attention_and_with_sla(tmp_path: Path) -> None:

@@ -172,6 +172,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--times", action="store_true", help="measure times of steps alone, where there are none"
     )
     arms.add_argument("--list", action="store_true", help="say what is missing, run nothing")
+    arms.add_argument(
+        "--withdraw",
+        metavar="REASON",
+        help="take back what is finished of --arms or --groups, which is wrong; run nothing",
+    )
     arms.set_defaults(run=_study)
 
     classifier = commands.add_parser("study-evaluator", help="train a study's evaluator network")
@@ -386,7 +391,8 @@ def _study_data(options: argparse.Namespace) -> None:
 def _study(options: argparse.Namespace) -> int:
     from sla.cli.study import run, run_processes
 
-    if options.processes != 1 and not options.list:
+    runs_something = not options.list and options.withdraw is None
+    if options.processes != 1 and runs_something:
         alone = _without("--processes", options.arguments)
         return run_processes(alone, options.processes, timed=not options.untimed)
 
@@ -405,6 +411,7 @@ def _study(options: argparse.Namespace) -> int:
         timed=not options.untimed,
         times=options.times,
         listing=options.list,
+        withdraw=options.withdraw,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from sla.study.records import (
     StudyResults,
     measurement,
     read_records,
+    withdrawal,
 )
 from sla.study.runner import Runner
 
@@ -39,6 +41,7 @@ def run(
     timed: bool = True,
     times: bool = False,
     listing: bool = False,
+    withdraw: str | None = None,
 ) -> int:
     """Run what is missing of a study; returns 1 if an arm failed now.
 
@@ -54,6 +57,7 @@ def run(
         timed: record the times of steps.
         times: measure the times of steps alone, of those that have none.
         listing: print what there is and what is missing, run nothing.
+        withdraw: take back what was finished of `arms` or `groups`, for this reason; run nothing.
 
     Raises:
         StudyError: the study cannot be run; says what would do.
@@ -72,6 +76,11 @@ def run(
         return 0
     # Of its own name for each share: they come together in one folder later.
     results = StudyResults(out, plan.name if total == 1 else f"{plan.name}-share{number}")
+    if withdraw is not None:
+        if not arms and not groups:
+            raise StudyError("--withdraw takes back what --arms or --groups name; give one of them")
+        _withdraw(jobs, runner, records, results, withdraw)
+        return 0
     outcome = runner.run(
         jobs,
         records,
@@ -128,6 +137,22 @@ def _list(jobs: Sequence[Job], runner: Runner, records: Records) -> None:
             f"{job.arm.group:<16}{job.arm.name:<28}{job.seed:>3}  {job.arm.curve[-1]:>6} steps  "
             f"{key[2]}  {state(key)}"
         )
+
+
+def _withdraw(
+    jobs: Sequence[Job], runner: Runner, records: Records, results: StudyResults, reason: str
+) -> None:
+    if not reason.strip():
+        raise StudyError("--withdraw has no reason; say what is wrong with these runs")
+    keys = [runner.key(job) for job in jobs]
+    found = [records.runs[key] for key in keys if key in records.runs]
+    if not found:
+        raise StudyError("--withdraw: none of these runs is finished")
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+    results.append(withdrawal(run, reason.strip(), now) for run in found)
+    for run in found:
+        print(f"{run.arm}/{run.seed}: withdrawn; `make study` runs it again")
+    print(f"recorded in {results.paths[0]}")
 
 
 def evaluator(

@@ -149,10 +149,25 @@ def all_arms(root: Path = RESULTS) -> str:
                 "\n\nNot here, as they began from earlier weights or were judged by an earlier "
                 f"evaluator: {names}; their rows are in {', '.join(files)}."
             )
+        text += _withdrawn(records, study)
         parts.append(f"{text}\n\n{_legend(records, study)}\n\n{_origin(used)}")
     if not parts:
         return _no_record("")
     return "\n\n".join(parts)
+
+
+def _withdrawn(records: Records, study: str) -> str:
+    """What was taken back, by reason; empty for nothing."""
+    reasons: dict[str, list[Run]] = {}
+    for run, reason in records.withdrawn:
+        if run.study == study:
+            reasons.setdefault(reason, []).append(run)
+    text = ""
+    for reason, runs in reasons.items():
+        names = ", ".join(f"{run.arm} (seed {run.seed})" for run in runs)
+        files = dict.fromkeys(f"results/study/{run.source.path.name}" for run in runs)
+        text += f"\n\nWithdrawn: {names}. {reason} Their rows are in {', '.join(files)}."
+    return text
 
 
 def curve(root: Path = RESULTS) -> str:

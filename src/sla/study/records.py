@@ -6,6 +6,8 @@ A measurement is a row {"study", "group", "arm", "digest", "seed", "method", "sp
 "finished"} or {"status": "failed", "reason"}; measurements without a "finished" after them in their
 file are of a run that was cut off, and do not count. Times of steps can also be measured apart, by
 `study --times`: rows that end with {..., "status": "timed"}, and belong to the (arm, seed)'s run.
+What turns out to be wrong is taken back by `study --withdraw`, with a row {..., "status":
+"withdrawn", "reason"} for each (arm, seed): its rows stay, count no more, and it is missing again.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from sla.results import RESULTS, Results, ResultsError, ResultsFile, read_all
 
 BENCHMARK = "study"
-FINISHED, FAILED, TIMED = "finished", "failed", "timed"
+FINISHED, FAILED, TIMED, WITHDRAWN = "finished", "failed", "timed", "withdrawn"
 STEP_TIMES = ("train_step_ms", "train_kernel_ms", "denoise_step_ms")
 # Metrics of the evaluator network: share of prompts that it finds shown, `accuracy/colour` of one
 # attribute; Frechet distance of its features to those of real held-out clips.
@@ -139,6 +141,7 @@ class Records:
         failures: reasons of those that failed and were never finished.
         plain: measurements of no arm (the evaluator's of real clips), newest first.
         times: times of steps that were measured apart, and their file.
+        withdrawn: runs that were taken back and not run again, and why.
     """
 
     runs: dict[Key, Run] = field(default_factory=dict)
@@ -147,6 +150,7 @@ class Records:
     times: dict[Key, tuple[dict[tuple[int, str], dict[str, Any]], Results]] = field(
         default_factory=dict
     )
+    withdrawn: list[tuple[Run, str]] = field(default_factory=list)
 
     def of(self, study: str, arm: str) -> list[Run]:
         """The finished runs of an arm's newest numbers, by seed: those that may be averaged."""
@@ -186,9 +190,11 @@ def read_records(root: Path = RESULTS) -> Records:
     Raises:
         ResultsError: a file there is not a results file.
     """
-    found = Records()
+    found, withdrawals = Records(), list[dict[str, Any]]()
     for results in reversed(read_all(BENCHMARK, root)):  # later ones replace earlier ones
-        _read(results, found)
+        _read(results, found, withdrawals)
+    for row in withdrawals:
+        _take_back(row, found)
     found.plain.reverse()
     for key, (rows, results) in found.times.items():
         run = found.runs.get(key)
@@ -197,13 +203,34 @@ def read_records(root: Path = RESULTS) -> Records:
     return found
 
 
-def _read(results: Results, found: Records) -> None:
+def withdrawal(run: Run, reason: str, date: str) -> dict[str, Any]:
+    """The row that takes a run back."""
+    common = {"study": run.study, "group": run.group, "arm": run.arm, "digest": run.digest}
+    status = {"status": WITHDRAWN, "reason": reason, "date": date}
+    return {**common, "seed": run.seed, **status}
+
+
+def _take_back(row: dict[str, Any], found: Records) -> None:
+    """Apply a withdrawal to what is older than it."""
+    key, date = _key(row), str(row["date"])
+    run, times = found.runs.get(key), found.times.get(key)
+    if run is not None and _date(run) <= date:
+        found.withdrawn.append((found.runs.pop(key), str(row.get("reason", ""))))
+    if times is not None and str(times[1].provenance["date"]) <= date:
+        del found.times[key]
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    return row["study"], row["arm"], row["digest"], row["seed"]
+
+
+def _read(results: Results, found: Records, withdrawals: list[dict[str, Any]]) -> None:
     begun: dict[Key, dict[tuple[int, str], dict[str, Any]]] = {}
     for row in results.rows:
         if "digest" not in row:
             found.plain.append(row)
             continue
-        key = (row["study"], row["arm"], row["digest"], row["seed"])
+        key = _key(row)
         status = row.get("status")
         if status is None:
             begun.setdefault(key, {})[row["step"], row["metric"]] = row
@@ -214,6 +241,8 @@ def _read(results: Results, found: Records) -> None:
             found.failures.pop(key, None)
         elif status == TIMED:
             found.times[key] = begun.pop(key, {}), results
+        elif status == WITHDRAWN:
+            withdrawals.append(row)
         elif status == FAILED:
             begun.pop(key, None)
             if key not in found.runs:
