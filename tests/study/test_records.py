@@ -87,10 +87,13 @@ def test_a_run_that_was_withdrawn_is_missing_until_it_is_run_again(tmp_path: Pat
         (first.key, "Wrong gradients.")
     ]
     again = rows_of(loss=4.0)
+    results.append([{**again[-1], "status": "failed", "reason": "no memory"}])
+    assert list(read_records(tmp_path).failures) == [first.key]
     results.append([*again[:-1], {**again[-1], "date": "2026-01-02"}])
     found = read_records(tmp_path)
     assert [run.value("val_loss") for run in found.of("video", "sla")] == [5, 2]
     assert not found.withdrawn
+    assert not found.failures
 
 
 def test_files_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,7 @@ def read_records(root: Path = RESULTS) -> Records:
         _read(results, found, withdrawals)
     for row in withdrawals:
         _take_back(row, found)
+    found.failures = {k: why for k, why in found.failures.items() if k not in found.runs}
     found.plain.reverse()
     for key, (rows, results) in found.times.items():
         run = found.runs.get(key)
@@ -245,8 +246,7 @@ def _read(results: Results, found: Records, withdrawals: list[dict[str, Any]]) -
             withdrawals.append(row)
         elif status == FAILED:
             begun.pop(key, None)
-            if key not in found.runs:
-                found.failures[key] = str(row.get("reason", ""))
+            found.failures[key] = str(row.get("reason", ""))
 
 
 class StudyResults:
