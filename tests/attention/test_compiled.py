@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from sla_kernels.testing import check_rounding
 from torch import Tensor, nn
 
 from sla.attention import (
@@ -17,7 +18,7 @@ from sla.attention import (
 
 # Numbers that suit so few tokens; of others the defaults.
 SMALL: dict[str, dict[str, object]] = {
-    "vsa": {"cube": (2, 4, 4), "fine_gate": "learned"},
+    "vsa": {"cube": (3, 4, 4), "fine_gate": "learned"},  # whose blocks have filling
     "vmoba": {
         "temporal": 1,
         "spatial": (4, 4),
@@ -125,9 +126,4 @@ def test_compiled_gradients_of_a_real_layer_on_a_gpu(name: str) -> None:
     exact = gradients(layer, x, compiled=False)
     eager = gradients(layer, x, compiled=False, bf16=True)
     compiled = gradients(layer, x, compiled=True, bf16=True)
-    assert compiled.keys() == exact.keys()
-    for what, tensor in exact.items():
-        rounding = (eager[what] - tensor).norm()
-        error = (compiled[what] - tensor).norm()
-        limit = 2 * rounding + 0.005 * tensor.norm()
-        assert error < limit, f"{what}: {error:.1e}, with eager's rounding {rounding:.1e}"
+    check_rounding(compiled, eager, exact)
