@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from sla.study.records import (
     StudyResults,
     measurement,
     read_records,
+    timestamp,
     withdrawal,
 )
 from sla.study.runner import Runner
@@ -148,7 +148,7 @@ def _withdraw(
     found = [records.runs[key] for key in keys if key in records.runs]
     if not found:
         raise StudyError("--withdraw: none of these runs is finished")
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+    now = timestamp()
     results.append(withdrawal(run, reason.strip(), now) for run in found)
     for run in found:
         print(f"{run.arm}/{run.seed}: withdrawn; `make study` runs it again")

@@ -127,8 +127,10 @@ def _pairs(records: Records, study: str, arm: str, reference: str, step: int | N
 
 def _of_seeds(runs: dict[int, Run], others: dict[int, Run]) -> dict[int, Run]:
     """An arm that trains nothing is the same at every seed: its one run counts for all of them."""
-    if len(runs) == 1 and next(iter(runs.values())).last == 0:
-        return dict.fromkeys(others, *runs.values())
+    if len(runs) == 1:
+        (run,) = runs.values()
+        if not run.trained:
+            return dict.fromkeys(others, run)
     return runs
 
 

@@ -69,7 +69,7 @@ def sheet(records: Records, pictures: dict[Key, Strips], study: str, group: str)
 def _label(run: Run) -> str:
     exact = run.value("exact_fraction")
     sparsity = "" if exact is None else f"\n{100 * (1 - exact):.3g} % sparse"
-    return f"{run.arm}{sparsity}{'' if run.last else ', not trained'}"
+    return f"{run.arm}{sparsity}{'' if run.trained else ', not trained'}"
 
 
 def _date(row: Row) -> str:

@@ -164,7 +164,7 @@ def _mark(axes: Any, runs: Sequence[Run], x: float, value: Estimate, label: str)
         color=colour,
         marker=form,
         markersize=6,
-        markerfacecolor=colour if runs[0].last else "none",
+        markerfacecolor=colour if runs[0].trained else "none",
         linestyle="none",
         elinewidth=0.9,
         capsize=2,

@@ -7,7 +7,7 @@ other metrics, and only the order of the methods can be compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ def all_arms(root: Path = RESULTS) -> str:
     for study in (VIDEO, IMAGES):
         arms = records.arms(study)
         failed = {k: reason for k, reason in records.failures.items() if k[0] == study}
-        if not arms and not failed:
+        withdrawn = _withdrawn(records, study)
+        if not arms and not failed and not withdrawn:
             continue
         groups = list(dict.fromkeys(records.of(study, arm)[0].group for arm in arms))
         body, used = [], []
@@ -141,33 +142,36 @@ def all_arms(root: Path = RESULTS) -> str:
         text = f"{study}:\n\n{markdown(['group', *_head(study)], body)}" if body else f"{study}:"
         for (_, arm, _, seed), reason in failed.items():
             text += f"\n\n{arm}, seed {seed}: failed, {reason}"
-        earlier = sorted(records.superseded(study), key=lambda run: (run.arm, run.seed))
+        earlier = records.superseded(study)
         if earlier:
-            names = ", ".join(f"{run.arm} (seed {run.seed})" for run in earlier)
-            files = dict.fromkeys(f"results/study/{run.source.path.name}" for run in earlier)
+            names, files = _named(earlier)
             text += (
                 "\n\nNot here, as they began from earlier weights or were judged by an earlier "
-                f"evaluator: {names}; their rows are in {', '.join(files)}."
+                f"evaluator: {names}; their rows are in {files}."
             )
-        text += _withdrawn(records, study)
+        for reason, runs in withdrawn.items():
+            names, files = _named(runs)
+            text += f"\n\nWithdrawn: {names}. {reason} Their rows are in {files}."
         parts.append(f"{text}\n\n{_legend(records, study)}\n\n{_origin(used)}")
     if not parts:
         return _no_record("")
     return "\n\n".join(parts)
 
 
-def _withdrawn(records: Records, study: str) -> str:
-    """What was taken back, by reason; empty for nothing."""
+def _withdrawn(records: Records, study: str) -> dict[str, list[Run]]:
+    """What was taken back, by reason."""
     reasons: dict[str, list[Run]] = {}
     for run, reason in records.withdrawn:
         if run.study == study:
             reasons.setdefault(reason, []).append(run)
-    text = ""
-    for reason, runs in reasons.items():
-        names = ", ".join(f"{run.arm} (seed {run.seed})" for run in runs)
-        files = dict.fromkeys(f"results/study/{run.source.path.name}" for run in runs)
-        text += f"\n\nWithdrawn: {names}. {reason} Their rows are in {', '.join(files)}."
-    return text
+    return reasons
+
+
+def _named(runs: Iterable[Run]) -> tuple[str, str]:
+    """Names of runs, and of the files that have their rows."""
+    runs = sorted(runs, key=lambda run: (run.arm, run.seed))
+    files = dict.fromkeys(f"results/study/{run.source.path.name}" for run in runs)
+    return ", ".join(f"{run.arm} (seed {run.seed})" for run in runs), ", ".join(files)
 
 
 def curve(root: Path = RESULTS) -> str:
@@ -178,7 +182,7 @@ def curve(root: Path = RESULTS) -> str:
     lines: dict[str, dict[int, str]] = {}
     for arm in records.arms(VIDEO):
         runs = records.of(VIDEO, arm)
-        if runs[0].group not in ("main", "steps") or runs[0].last == 0:
+        if runs[0].group not in ("main", "steps") or not runs[0].trained:
             continue
         cells: dict[int, str] = {}
         for step in sorted({step for step, metric in runs[0].rows if metric == "val_loss"}):
@@ -290,7 +294,7 @@ def _cells(records: Records, study: str, arm: str) -> list[str]:
     cells.append(_interval(by_seed(runs, "train_step_ms"), 1))
     cells.append(_interval(by_seed(runs, "train_kernel_ms"), 1))
     cells.append(_interval(by_seed(runs, "denoise_step_ms"), 2))
-    cells.append(f"{len(runs)}{'' if not runs or runs[0].last else ', not trained'}")
+    cells.append(f"{len(runs)}{'' if not runs or runs[0].trained else ', not trained'}")
     return cells
 
 

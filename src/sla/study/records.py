@@ -13,6 +13,7 @@ What turns out to be wrong is taken back by `study --withdraw`, with a row {...,
 from __future__ import annotations
 
 import base64
+import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,11 @@ REAL_CLIPS = "real_clips"  # "what" of rows of no arm: the evaluator's accuracy 
 _MOST_BYTES = 900_000
 
 Key = tuple[str, str, str, int]  # study, arm, digest, seed
+
+
+def timestamp() -> str:
+    """The time in UTC, as the last row of a run has it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
 def pack(values: ArrayLike) -> dict[str, Any]:
@@ -120,6 +126,11 @@ class Run:
     def last(self) -> int:
         """The last step measured."""
         return max((step for step, _ in self.rows), default=0)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was fine-tuned at all."""
+        return self.last > 0
 
     def value(self, metric: str, step: int | None = None) -> float | None:
         """A measurement's number at a step, at the last one for None; None if there is none."""

@@ -8,7 +8,6 @@ Several processes with the same folders do a study together: each takes what no 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import gc
 import json
 import logging
@@ -47,6 +46,7 @@ from sla.study.records import (
     StudyResults,
     measurement,
     read_records,
+    timestamp,
 )
 from sla.study.videos import (
     Videos,
@@ -245,7 +245,7 @@ class Runner:
             first = (str(error).strip().splitlines() or [""])[0]
             reason = f"{type(error).__name__}: {first}"
             write_text(self._path(key) / "failure.txt", traceback.format_exc())
-            results.append([{**common, "status": FAILED, "reason": reason, "date": _now()}])
+            results.append([{**common, "status": FAILED, "reason": reason, "date": timestamp()}])
             outcome.failed[name] = reason
             log.warning(f"{name} failed: {reason}")
         else:
@@ -328,7 +328,7 @@ class Runner:
             "steps": last,
             "wall_seconds": round(time.monotonic() - begun, 1),
             "compiled": experiment.trainer.compile,
-            "date": _now(),
+            "date": timestamp(),
             "sparsity": found[-1]["sparsity"],
             "numbers": job.numbers,
             "weights_sha256": self.weights_sha256,
@@ -386,7 +386,7 @@ class Runner:
         return rows, {
             "wall_seconds": round(time.monotonic() - begun, 1),
             "compiled": experiment.trainer.compile,
-            "date": _now(),
+            "date": timestamp(),
         }
 
     def _module(self, job: Job, experiment: Experiment, folder: RunFolder) -> DiffusionModule:
@@ -583,10 +583,6 @@ def _clean_up(experiment: Experiment) -> None:
             torch.cuda.empty_cache()
         except RuntimeError as error:
             raise StudyError(f"the GPU cannot be used after this: {error}; run again") from error
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
 __all__ = ["Outcome", "Runner"]
